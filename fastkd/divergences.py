@@ -1,0 +1,523 @@
+"""The divergences: what each one is, and how it is computed.
+
+p = softmax(teacher / T) and q = softmax(student / T). `teacher_weight` w always means the mixture m = w p + (1 - w) q.
+
+Every divergence is a frozen dataclass of numbers with
+
+    formula      the definition in plain torch, differentiable: the truth in tests, the baseline in benchmarks;
+    term         value and slope in torch, without cancellation or NaN: the eager backend;
+    triton_term  the same for one vocabulary entry as a Triton function: the fused kernel.
+
+The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a multiple of q: ∂D/∂z_v = (s_v - q_v Σ s) / T.
+
+Your own divergence is a subclass; it gets the fused kernel, `divergence="its name"` and everything else. Pearson's
+χ² = Σ (p - q)²/q = Σ q (p/q - 1)², which has ∂/∂q = 1 - (p/q)² and so, up to a multiple of q, the slope -p²/q:
+
+    @triton.jit
+    def chi2_term(log_p, log_q, p, q, a, b):            # a, b: the dataclass's first two numbers, or 0
+        ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
+        return q * (ratio - 1) * (ratio - 1), -p * ratio
+
+    @dataclass(frozen=True)
+    class PearsonChi2(fastkd.Divergence):
+        name = "pearson_chi2"
+        def formula(self, log_p, log_q):
+            return ((log_p - log_q).exp() - 1).square().mul(log_q.exp()).sum(-1)
+        def term(self, log_p, log_q, p, q):
+            ratio = (log_p - log_q).clamp(max=40).exp()
+            return (q * (ratio - 1).square()).sum(-1), -p * ratio
+        def triton_term(self):
+            return chi2_term
+
+    fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+LOG_FLOOR = -1e4  # stands for log 0, so that 0 · log 0 = 0 and differences stay finite
+CANCELS = 1e-2  # a divergence below this is summed again, from terms that are not negative
+
+
+def kl(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """KL(p‖q) along the last dimension, with d = log(q/p).
+
+    Σ (q - p - p d) has an error of about 1e-7: all one needs of a large divergence. A small one is summed again from
+    p (e^d - 1 - d) ≥ 0. Elsewhere than on the CPU choosing would cost a device sync.
+    """
+    if p.device.type != "cpu":
+        return _kl_without_cancellation(p, q, d)
+    value = q.sum(-1) - p.sum(-1) - dot(p, d)
+    for row in (value < CANCELS).nonzero().flatten().tolist():  # row by row: the temporaries stay small
+        value[row] = _kl_without_cancellation(p[row], q[row], d[row])
+    return value
+
+
+def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Σ x y of every row, of long rows without a temporary."""
+    if x.shape[-1] < 4096 or x.device.type != "cpu":
+        return (x * y).sum(-1)
+    return torch.stack([torch.dot(*row) for row in zip(x, y, strict=True)])
+
+
+def _kl_without_cancellation(p, q, d):
+    value = torch.where(d.abs() < 0.5, p * (torch.expm1(d.clamp(-1, 1)) - d), q - p - p * d)
+    return value.sum(-1).clamp(min=0)
+
+
+def log_mixture(d: torch.Tensor, w: float) -> torch.Tensor:
+    """log((w p + (1 - w) q) / p) with d = log(q/p): finite when both probabilities underflow."""
+    if w == 0:
+        return d
+    if w == 1:
+        return torch.zeros_like(d)
+    return F.softplus(d + math.log((1 - w) / w), threshold=40).add_(math.log(w))
+
+
+def _unit(name: str, value: float, low_open: bool, high_open: bool) -> None:
+    inside = (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
+    if not inside:
+        raise ValueError(f"{name} must be in {'(' if low_open else '['}0, 1{')' if high_open else ']'}, got {value}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base of all divergences.
+
+    Attributes:
+        name: what `kd_loss(divergence=…)` calls it.
+        slope_sum: Σ slope where it is the same for all inputs: saves the kernel a pass over the vocabulary.
+        kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t + mix_student z_s) / T,
+            detached, and have gradient q - r; "logits": the kernel's own mean squared difference.
+        infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes log 0 = -10,000.
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = "probabilities"
+    slope_sum: ClassVar[float | None] = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            _REGISTRY[cls.name] = cls
+
+    @property
+    def infinite_p(self) -> bool:
+        return False
+
+    @property
+    def infinite_q(self) -> bool:
+        return False
+
+    @property
+    def mixing(self) -> tuple[float, float]:
+        """(mix_student, mix_teacher) of kind "mixed"."""
+        return 0.0, 0.0
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """The two constants that the Triton term gets."""
+        return (*map(float, astuple(self)), 0.0, 0.0)[:2]
+
+    def compensation(self, temperature: float) -> float:
+        """c(T), which keeps the gradient's size when the temperature changes."""
+        return temperature**2
+
+    def formula(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """The definition: (..., V) log-probabilities of teacher and student to (...) values."""
+        raise TypeError(f"{type(self).__name__} has no formula")
+
+    def reference(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        """The definition on logits, differentiable wrt the student's: (..., V) to (...)."""
+        return self.formula(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+
+    def term(self, log_p, log_q, p, q):
+        """(rows, V) tensors to the rows' values and the (rows, V) slopes. All but q may be overwritten."""
+        raise TypeError(f"{type(self).__name__} has no torch term")
+
+    def triton_term(self):
+        """The `@triton.jit` function (log_p, log_q, p, q, a, b) -> (value, slope)."""
+        raise TypeError(f"{type(self).__name__} has no Triton term: use FASTKD_BACKEND=eager")
+
+
+_REGISTRY: dict[str, type[Divergence]] = {}
+
+
+def _log_softmax(logits, temperature):
+    return F.log_softmax(logits / temperature, -1)
+
+
+def _terms():
+    from fastkd.kernels import terms  # triton is not needed before a kernel is
+
+    return terms
+
+
+def _definition_of_kl(log_a, log_b):
+    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+
+
+def _log_m(log_p, log_q, w):
+    return torch.logaddexp(log_p + math.log(w) if w else torch.full_like(log_p, -math.inf), log_q + math.log1p(-w))
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p‖q) = Σ p log(p/q). Gradient (q - p)/T. Hinton, Vinyals, Dean: Distilling the Knowledge (2015)."""
+
+    name = "forward_kl"
+    slope_sum = -1.0
+    infinite_q = True
+
+    def formula(self, log_p, log_q):
+        return _definition_of_kl(log_p, log_q)
+
+    def term(self, log_p, log_q, p, q):
+        return kl(p, q, log_q.sub_(log_p)), p.neg_()
+
+    def triton_term(self):
+        return _terms().forward_kl
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q‖p) = Σ q log(q/p). Gradient q (d - D)/T with d = log(q/p). Gu et al.: MiniLLM (2023)."""
+
+    name = "reverse_kl"
+    infinite_p = True
+
+    def formula(self, log_p, log_q):
+        return _definition_of_kl(log_q, log_p)
+
+    def term(self, log_p, log_q, p, q):
+        d = log_p.sub_(log_q)
+        return kl(q, p, d), d.mul_(q).neg_()
+
+    def triton_term(self):
+        return _terms().reverse_kl
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(p‖m), m = w p + (1 - w) q, 0 ≤ w < 1. Ko et al.: DistiLLM (2024)."""
+
+    teacher_weight: float = 0.1
+    name = "skew_forward_kl"
+
+    def __post_init__(self):
+        _unit("SkewForwardKL's teacher_weight", self.teacher_weight, low_open=False, high_open=True)
+
+    @property
+    def infinite_q(self):
+        return self.teacher_weight == 0
+
+    def formula(self, log_p, log_q):
+        return _definition_of_kl(log_p, _log_m(log_p, log_q, self.teacher_weight))
+
+    def term(self, log_p, log_q, p, q):
+        w = self.teacher_weight
+        d = log_q.sub_(log_p)
+        slope = -p if w == 0 else torch.sigmoid(d + math.log((1 - w) / w)).mul_(p).neg_()  # (1 - w) q/m is a sigmoid
+        return kl(p, p * w + q * (1 - w), log_mixture(d, w)), slope
+
+    def triton_term(self):
+        return _terms().skew_forward_kl
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q‖m), m = w p + (1 - w) q, 0 < w ≤ 1; m is not detached. Ko et al.: DistiLLM (2024), whose 0.1 is 1 - w."""
+
+    teacher_weight: float = 0.9
+    name = "skew_reverse_kl"
+
+    def __post_init__(self):
+        _unit("SkewReverseKL's teacher_weight", self.teacher_weight, low_open=True, high_open=False)
+
+    @property
+    def infinite_p(self):
+        return self.teacher_weight == 1
+
+    def formula(self, log_p, log_q):
+        if self.teacher_weight == 1:
+            return _definition_of_kl(log_q, log_p)
+        return _definition_of_kl(log_q, _log_m(log_p, log_q, self.teacher_weight))
+
+    def term(self, log_p, log_q, p, q):
+        w = self.teacher_weight
+        d = log_q.sub_(log_p)
+        v = log_mixture(d, w) - d
+        slope = v if w == 1 else torch.sigmoid(d + math.log((1 - w) / w)).add_(v)
+        return kl(q, p * w + q * (1 - w), v), slope.mul_(q).neg_()
+
+    def triton_term(self):
+        return _terms().skew_reverse_kl
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """w KL(p‖m) + (1 - w) KL(q‖m), 0 < w < 1. Agarwal et al.: On-policy distillation, GKD (2023), whose beta is w."""
+
+    teacher_weight: float = 0.5
+    name = "jsd"
+
+    def __post_init__(self):
+        _unit("JSD's teacher_weight", self.teacher_weight, low_open=True, high_open=True)
+
+    def formula(self, log_p, log_q):
+        w = self.teacher_weight
+        log_m = _log_m(log_p, log_q, w)
+        return w * _definition_of_kl(log_p, log_m) + (1 - w) * _definition_of_kl(log_q, log_m)
+
+    def term(self, log_p, log_q, p, q):
+        w = self.teacher_weight
+        d = log_q.sub_(log_p)
+        m = p * w + q * (1 - w)
+        u = log_mixture(d, w)
+        v = u - d
+        return w * kl(p, m, u) + (1 - w) * kl(q, m, v), v.mul_(q).mul_(w - 1)
+
+    def triton_term(self):
+        return _terms().jsd
+
+
+@dataclass(frozen=True)
+class Jeffreys(Divergence):
+    """f KL(p‖q) + (1 - f) KL(q‖p), 0 ≤ f ≤ 1. Jeffreys (1946)."""
+
+    forward_weight: float = 0.5
+    name = "jeffreys"
+
+    def __post_init__(self):
+        _unit("Jeffreys's forward_weight", self.forward_weight, low_open=False, high_open=False)
+
+    @property
+    def infinite_p(self):
+        return self.forward_weight < 1
+
+    @property
+    def infinite_q(self):
+        return self.forward_weight > 0
+
+    def formula(self, log_p, log_q):
+        f = self.forward_weight
+        return f * _definition_of_kl(log_p, log_q) + (1 - f) * _definition_of_kl(log_q, log_p)
+
+    def term(self, log_p, log_q, p, q):
+        f = self.forward_weight
+        d = log_q.sub_(log_p)
+        value = f * kl(p, q, d) + (1 - f) * kl(q, p, torch.neg(d, out=log_p))
+        return value, d.mul_(q).mul_(1 - f).sub_(p, alpha=f)
+
+    def triton_term(self):
+        return _terms().jeffreys
+
+
+@dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation ½ Σ|p - q|; c(T) = T. Wen et al.: f-divergence minimisation for sequence distillation (2023)."""
+
+    name = "tvd"
+
+    def compensation(self, temperature):
+        return temperature
+
+    def formula(self, log_p, log_q):
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+    def term(self, log_p, log_q, p, q):
+        difference = torch.sub(q, p, out=log_p)
+        return torch.linalg.vector_norm(difference, 1, -1) / 2, difference.sign_().mul_(q).mul_(0.5)
+
+    def triton_term(self):
+        return _terms().tvd
+
+
+@dataclass(frozen=True)
+class Hellinger(Divergence):
+    """Squared Hellinger distance 1 - Σ√(pq) = ½ Σ(√p - √q)². Hellinger (1909)."""
+
+    name = "hellinger"
+
+    def formula(self, log_p, log_q):
+        return 1 - ((log_p + log_q) / 2).exp().sum(-1)
+
+    def term(self, log_p, log_q, p, q):
+        root_p, root_q = p.sqrt_(), torch.sqrt(q, out=log_q)
+        difference = torch.sub(root_q, root_p, out=log_p)
+        return dot(difference, difference) / 2, root_p.mul_(root_q).mul_(-0.5)
+
+    def triton_term(self):
+        return _terms().hellinger
+
+
+@dataclass(frozen=True)
+class Renyi(Divergence):
+    """1/(a - 1) log Σ p^a q^(1-a), order a > 0, a ≠ 1. Gradient (q - r)/T with r ∝ p^a q^(1-a). Rényi (1961)."""
+
+    order: float
+    name = "renyi"
+    kind = "mixed"
+    slope_sum = -1.0
+
+    def __post_init__(self):
+        if not self.order > 0 or self.order == 1 or math.isinf(self.order):
+            raise ValueError(f"Renyi's order must be positive, finite and not 1 (forward KL is its limit), got {self.order}")
+
+    @property
+    def infinite_q(self):
+        return self.order > 1
+
+    @property
+    def mixing(self):
+        return 1 - self.order, self.order
+
+    def formula(self, log_p, log_q):
+        return torch.logsumexp(self.order * log_p + (1 - self.order) * log_q, -1) / (self.order - 1)
+
+    def term(self, log_p, log_q, log_r, p, q, r):
+        # -log Σ p^a q^(1-a) = a KL(r‖p) + (1 - a) KL(r‖q), which does not cancel.
+        a = self.order
+        value = kl(r, q, log_q.sub_(log_r)) + a / (1 - a) * kl(r, p, log_p.sub_(log_r))
+        return value.clamp_(min=0), r.neg_()
+
+    def triton_term(self):
+        return _terms().renyi
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """-1/(αβ) Σ [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)]; α, β, α+β ≠ 0.
+
+    Forward KL is the limit (1, 0), reverse KL (0, 1). Wang et al.: ABKD (2025); Cichocki, Cruces, Amari (2011).
+    """
+
+    alpha: float
+    beta: float
+    name = "alpha_beta"
+
+    def __post_init__(self):
+        if 0 in (self.alpha, self.beta, self.alpha + self.beta) or not math.isfinite(self.alpha + self.beta):
+            raise ValueError(
+                "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits (1, 0) and (0, 1) are"
+                f" ForwardKL and ReverseKL), got alpha={self.alpha}, beta={self.beta}"
+            )
+
+    def formula(self, log_p, log_q):
+        a, b = self.alpha, self.beta
+        cross = (a * log_p + b * log_q).exp()
+        powers = (a / (a + b)) * ((a + b) * log_p).exp() + (b / (a + b)) * ((a + b) * log_q).exp()
+        return (powers - cross).sum(-1) / (a * b)
+
+    def term(self, log_p, log_q, p, q):
+        a, b = self.alpha, self.beta
+        s = a + b
+        cross = _power(a * log_p + b * log_q)
+        p_s, q_s = _power(s * log_p), _power(s * log_q)
+        far = (a / s * p_s + b / s * q_s - cross).div_(a * b)
+        value = far.sum(-1)
+        # As in `kl`: where the terms cancel, p^s ((β/s) k(s d) - k(β d)) / (αβ) with k(x) = e^x - 1 - x.
+        cancels = value < CANCELS * p_s.sum(-1)
+        if value.device.type != "cpu" or cancels.any():
+            d = (log_q - log_p)[cancels]
+            near = p_s[cancels] * (b / s * _expm1_minus(s * d) - _expm1_minus(b * d)) / (a * b)
+            small = (d * max(abs(s), abs(b))).abs() < 0.5
+            value[cancels] = torch.where(small, near, far[cancels]).sum(-1).clamp(min=0)
+        return value, q_s.sub_(cross).div_(a)
+
+    def triton_term(self):
+        return _terms().alpha_beta
+
+
+def _power(log_x):
+    return torch.exp2(log_x.mul_(1 / math.log(2)).clamp_(max=115))  # 115 / log2(e) is the kernel's 80
+
+
+def _expm1_minus(x):
+    return torch.expm1(x.clamp(-1, 1)) - x
+
+
+@dataclass(frozen=True)
+class TAID(Divergence):
+    """KL(r‖q), r = softmax(((1 - t) stopgrad(z_s) + t z_t) / T), 0 ≤ t ≤ 1. Shing et al.: TAID (2025).
+
+    The caller moves t from near 0 to 1 during training.
+    """
+
+    t: float
+    name = "taid"
+    kind = "mixed"
+    slope_sum = -1.0
+    infinite_q = True
+
+    def __post_init__(self):
+        _unit("TAID's t", self.t, low_open=False, high_open=False)
+
+    @property
+    def mixing(self):
+        return 1 - self.t, self.t
+
+    def reference(self, student, teacher, temperature):
+        mixed = (1 - self.t) * student.detach() + self.t * teacher
+        return _definition_of_kl(_log_softmax(mixed, temperature), _log_softmax(student, temperature))
+
+    def term(self, log_p, log_q, log_r, p, q, r):
+        return kl(r, q, log_q.sub_(log_r)), r.neg_()
+
+    def triton_term(self):
+        return _terms().taid
+
+
+@dataclass(frozen=True)
+class LogitMSE(Divergence):
+    """Mean over the vocabulary of (z_s - z_t)²; `centered` subtracts each side's mean first. No temperature, c = 1.
+
+    Kim et al.: Comparing KL divergence and mean squared error in distillation (2021).
+    """
+
+    centered: bool = False
+    name = "logit_mse"
+    kind = "logits"
+    slope_sum = 0.0
+
+    def compensation(self, temperature):
+        return 1.0
+
+    def reference(self, student, teacher, temperature):
+        difference = student - teacher
+        if self.centered:
+            difference = difference - difference.mean(-1, keepdim=True)
+        return difference.square().mean(-1)
+
+    def triton_term(self):
+        return None  # the kernel computes this kind itself
+
+
+def get(divergence: str | Divergence) -> Divergence:
+    """The divergence of that name with its default numbers, or the object itself."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(f"divergence must be a name or a Divergence, got {type(divergence).__name__}")
+    if divergence not in _REGISTRY:
+        raise ValueError(f"unknown divergence {divergence!r}; known: {', '.join(sorted(_REGISTRY))}")
+    try:
+        return _REGISTRY[divergence]()
+    except TypeError as error:
+        name = _REGISTRY[divergence].__name__
+        raise ValueError(f"{divergence!r} needs numbers: pass an object, {name}(…)") from error
+
+
+def pack(divergence: Divergence) -> tuple[str, list[float]]:
+    """(name, numbers): how a divergence goes through a custom operator. `unpack` is the way back."""
+    return divergence.name, [float(x) for x in astuple(divergence)]
+
+
+def unpack(name: str, numbers: list[float]) -> Divergence:
+    return _REGISTRY[name](*numbers)

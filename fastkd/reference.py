@@ -1,0 +1,71 @@
+"""The same losses in a few lines of plain torch, differentiated by autograd: the truth in tests (in float64), the baseline
+in benchmarks (`naive`). Slow and memory-hungry on purpose: what one writes without this package.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import divergences
+from fastkd.divergences import LOG_FLOOR, Divergence
+
+
+def naive(student: Tensor, teacher: Tensor, divergence: str | Divergence, temperature: float) -> Tensor:
+    """D(p, q) of (..., V) logits, (...): the definition, and nothing about -inf."""
+    return divergences.get(divergence).reference(student, teacher, temperature)
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    compensate: bool = True,
+    vocab: str | int = "strict",
+) -> Tensor:
+    """`fastkd.kd_loss` without its checks, in the precision of its inputs.
+
+    Logits of -inf are replaced so that both distributions have log 0 = -10,000: values that are +inf by definition come
+    out finite and large here, with the gradient that `fastkd.kd_loss` gives.
+    """
+    d = divergences.get(divergence)
+    n = {"strict": student.shape[-1], "shared": min(student.shape[-1], teacher.shape[-1])}.get(vocab, vocab)
+    weight = torch.ones(student.shape[:-1], dtype=student.dtype, device=student.device)
+    if token_weight is not None:
+        weight = token_weight.to(student.dtype)
+    if shift:
+        student, teacher, weight = student[..., :-1, :], teacher[..., :-1, :], weight[..., 1:]
+        labels = None if labels is None else labels[..., 1:]
+    if labels is not None:
+        weight = weight * (labels != ignore_index)
+    finite_student, finite_teacher = (_floored(x[..., :n], temperature) for x in (student, teacher))
+    losses = d.reference(finite_student, finite_teacher, temperature) * alpha
+    if compensate:
+        losses = losses * d.compensation(temperature)
+    if alpha < 1:
+        losses = losses + (1 - alpha) * F.cross_entropy(
+            student.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
+        ).view(labels.shape)
+    losses = torch.where(weight != 0, weight * losses, 0)
+    if reduction == "none":
+        return F.pad(losses, (0, 1)) if shift else losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (num_items if num_items is not None else weight.sum().clamp(min=1e-30))
+
+
+def _floored(logits: Tensor, temperature: float) -> Tensor:
+    """Logits whose -inf entries have the log-probability LOG_FLOOR at this temperature."""
+    alive = torch.where(logits <= -1e30, -torch.inf, logits.detach()) / temperature
+    floor = temperature * (LOG_FLOOR + torch.logsumexp(alive, -1, keepdim=True))
+    return torch.where(logits <= -1e30, floor, logits)

@@ -1,0 +1,114 @@
+"""The divergences as Triton functions, one vocabulary entry at a time.
+
+A term takes natural logarithms and probabilities of the teacher (p) and the student (q) and two constants of the
+divergence, and returns
+
+    value: its non-negative share of the divergence D = Σ_v value_v,
+    slope: q · ∂D/∂q, up to a multiple of q; the gradient wrt the student's logits is (slope - q · Σ slope) / T.
+
+Entries outside a distribution's support arrive with probability 0 and a large negative, finite logarithm.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kl(p, q, d):
+    """p (e^d - 1 - d) with d = log(q/p): the share of KL(p‖q), summed without cancellation."""
+    series = 1.0 / 720 + d * (1.0 / 5040 + d * (1.0 / 40320))
+    series = 0.5 + d * (1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * series)))
+    return tl.where(tl.abs(d) < 0.5, p * (d * d * series), q - p - p * d)
+
+
+@triton.jit
+def log_mixture(d, w):
+    """log((w p + (1 - w) q) / p) with d = log(q/p): finite when both probabilities underflow."""
+    teacher = tl.log(w)
+    student = tl.log(1.0 - w) + d
+    high = tl.maximum(teacher, student)
+    return high + tl.log(1.0 + tl.exp(tl.minimum(teacher, student) - high))
+
+
+@triton.jit
+def power(log_x, exponent):
+    """x^exponent, kept below the largest number."""
+    return tl.exp(tl.minimum(exponent * log_x, 80.0))
+
+
+@triton.jit
+def forward_kl(log_p, log_q, p, q, a, b):
+    return kl(p, q, log_q - log_p), -p
+
+
+@triton.jit
+def reverse_kl(log_p, log_q, p, q, a, b):
+    d = log_q - log_p
+    return kl(q, p, -d), q * d
+
+
+@triton.jit
+def skew_forward_kl(log_p, log_q, p, q, w, b):
+    d = log_q - log_p
+    u = log_mixture(d, w)
+    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(d - u)
+
+
+@triton.jit
+def skew_reverse_kl(log_p, log_q, p, q, w, b):
+    d = log_q - log_p
+    v = log_mixture(d, w) - d
+    return kl(q, w * p + (1.0 - w) * q, v), -q * (v + (1.0 - w) * tl.exp(-v))
+
+
+@triton.jit
+def jsd(log_p, log_q, p, q, w, b):
+    d = log_q - log_p
+    u = log_mixture(d, w)
+    m = w * p + (1.0 - w) * q
+    return w * kl(p, m, u) + (1.0 - w) * kl(q, m, u - d), (1.0 - w) * q * (d - u)
+
+
+@triton.jit
+def jeffreys(log_p, log_q, p, q, f, b):
+    d = log_q - log_p
+    return f * kl(p, q, d) + (1.0 - f) * kl(q, p, -d), (1.0 - f) * q * d - f * p
+
+
+@triton.jit
+def tvd(log_p, log_q, p, q, a, b):
+    side = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    return side * (q - p), side * q
+
+
+@triton.jit
+def hellinger(log_p, log_q, p, q, a, b):
+    root_p, root_q = tl.sqrt(p), tl.sqrt(q)
+    return 0.5 * (root_q - root_p) * (root_q - root_p), -0.5 * root_p * root_q
+
+
+@triton.jit
+def alpha_beta(log_p, log_q, p, q, alpha, beta):
+    d = log_q - log_p
+    s = alpha + beta
+    cross = power(alpha * log_p + beta * log_q, 1.0)
+    p_s, q_s = power(log_p, s), power(log_q, s)
+    # p^s ((β/s) k(s d) - k(β d)) / (αβ) with k(x) = e^x - 1 - x; the linear parts cancel.
+    near = p_s * (beta / s * kl(1.0, 1.0, s * d) - kl(1.0, 1.0, beta * d))
+    far = alpha / s * p_s + beta / s * q_s - cross
+    small = tl.maximum(tl.abs(s * d), tl.abs(beta * d)) < 0.5
+    return tl.where(small, near, far) / (alpha * beta), (q_s - cross) / alpha
+
+
+# Divergences against the mixed logits r = softmax((mix_t z_t + mix_s z_s) / T) take r as well; both have the gradient q - r.
+
+
+@triton.jit
+def renyi(log_p, log_q, log_r, p, q, r, order, b):
+    """r = p^a q^(1-a) / S, and -log S = a KL(r‖p) + (1 - a) KL(r‖q)."""
+    return kl(r, q, log_q - log_r) + order / (1.0 - order) * kl(r, p, log_p - log_r), -r
+
+
+@triton.jit
+def taid(log_p, log_q, log_r, p, q, r, a, b):
+    return kl(r, q, log_q - log_r), -r

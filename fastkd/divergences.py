@@ -71,13 +71,15 @@ def _kl_without_cancellation(p, q, d):
     return value.sum(-1).clamp(min=0)
 
 
-def log_mixture(d: torch.Tensor, w: float) -> torch.Tensor:
-    """log((w p + (1 - w) q) / p) with d = log(q/p): finite when both probabilities underflow."""
-    if w == 0:
-        return d
-    if w == 1:
-        return torch.zeros_like(d)
-    return F.softplus(d + math.log((1 - w) / w), threshold=40).add_(math.log(w))
+def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log(m/p) and log(m/q) of m = w p + (1 - w) q, 0 < w < 1, with d = log(q/p).
+
+    Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and neither is a difference of
+    the other and d, which would lose its digits where |d| is large.
+    """
+    x = d + math.log((1 - w) / w)
+    softplus = F.softplus(x, threshold=40)
+    return softplus + math.log(w), softplus.sub_(x).add_(math.log1p(-w))
 
 
 def _unit(name: str, value: float, low_open: bool, high_open: bool) -> None:
@@ -223,8 +225,10 @@ class SkewForwardKL(Divergence):
     def term(self, log_p, log_q, p, q):
         w = self.teacher_weight
         d = log_q.sub_(log_p)
-        slope = -p if w == 0 else torch.sigmoid(d + math.log((1 - w) / w)).mul_(p).neg_()  # (1 - w) q/m is a sigmoid
-        return kl(p, p * w + q * (1 - w), log_mixture(d, w)), slope
+        if w == 0:
+            return kl(p, q, d), p.neg_()
+        slope = torch.sigmoid(d + math.log((1 - w) / w)).mul_(p).neg_()  # (1 - w) q/m is a sigmoid
+        return kl(p, p * w + q * (1 - w), log_mixture(d, w)[0]), slope
 
     def triton_term(self):
         return _terms().skew_forward_kl
@@ -251,9 +255,12 @@ class SkewReverseKL(Divergence):
 
     def term(self, log_p, log_q, p, q):
         w = self.teacher_weight
+        if w == 1:
+            d = log_p.sub_(log_q)
+            return kl(q, p, d), d.mul_(q).neg_()
         d = log_q.sub_(log_p)
-        v = log_mixture(d, w) - d
-        slope = v if w == 1 else torch.sigmoid(d + math.log((1 - w) / w)).add_(v)
+        v = log_mixture(d, w)[1]
+        slope = torch.sigmoid(d.add_(math.log((1 - w) / w))).add_(v)
         return kl(q, p * w + q * (1 - w), v), slope.mul_(q).neg_()
 
     def triton_term(self):
@@ -277,10 +284,8 @@ class JSD(Divergence):
 
     def term(self, log_p, log_q, p, q):
         w = self.teacher_weight
-        d = log_q.sub_(log_p)
         m = p * w + q * (1 - w)
-        u = log_mixture(d, w)
-        v = u - d
+        u, v = log_mixture(log_q.sub_(log_p), w)
         return w * kl(p, m, u) + (1 - w) * kl(q, m, v), v.mul_(q).mul_(w - 1)
 
     def triton_term(self):
@@ -409,6 +414,14 @@ class AlphaBeta(Divergence):
                 f" ForwardKL and ReverseKL), got alpha={self.alpha}, beta={self.beta}"
             )
 
+    @property
+    def infinite_p(self):
+        return self.alpha < 0 or self.alpha + self.beta < 0
+
+    @property
+    def infinite_q(self):
+        return self.beta < 0 or self.alpha + self.beta < 0
+
     def formula(self, log_p, log_q):
         a, b = self.alpha, self.beta
         cross = (a * log_p + b * log_q).exp()
@@ -436,7 +449,7 @@ class AlphaBeta(Divergence):
 
 
 def _power(log_x):
-    return torch.exp2(log_x.mul_(1 / math.log(2)).clamp_(max=115))  # 115 / log2(e) is the kernel's 80
+    return torch.exp2(log_x.mul_(1 / math.log(2)).clamp_(max=60))  # negative exponents overflow
 
 
 def _expm1_minus(x):

@@ -226,9 +226,8 @@ def _mix(s, t, a: _Softmax, b: _Softmax, mix_s: float, mix_t: float, mixed):
 def _logit_mse(s, t, divergence, difference):
     """(rows,) values and the gradient of divergence kind "logits"."""
     torch.sub(s, t, out=difference) if s.dtype == t.dtype == difference.dtype else difference.copy_(s).sub_(t)
-    value = None
     infinite = None
-    if s.device.type != "cpu" or not difference.isfinite().all():
+    if s.device.type != "cpu" or not (difference.amin() > DEAD and difference.amax() < -DEAD):
         dead_s, dead_t = s <= DEAD, t <= DEAD
         difference.masked_fill_(dead_s | dead_t, 0)
         infinite = (dead_s != dead_t).any(-1)

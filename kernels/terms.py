@@ -23,17 +23,21 @@ def kl(p, q, d):
 
 @triton.jit
 def log_mixture(d, w):
-    """log((w p + (1 - w) q) / p) with d = log(q/p): finite when both probabilities underflow."""
-    teacher = tl.log(w)
-    student = tl.log(1.0 - w) + d
-    high = tl.maximum(teacher, student)
-    return high + tl.log(1.0 + tl.exp(tl.minimum(teacher, student) - high))
+    """log(m/p) and log(m/q) of m = w p + (1 - w) q with d = log(q/p).
+
+    Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and exact where |d| is large.
+    """
+    x = d + (tl.log(1.0 - w) - tl.log(w))
+    tail = tl.log(1.0 + tl.exp(-tl.abs(x)))
+    u = tl.maximum(x, 0.0) + tail + tl.log(w)
+    v = tl.maximum(-x, 0.0) + tail + tl.log(1.0 - w)
+    return tl.where(w == 0.0, d, tl.where(w == 1.0, 0.0, u)), tl.where(w == 0.0, 0.0, tl.where(w == 1.0, -d, v))
 
 
 @triton.jit
 def power(log_x, exponent):
-    """x^exponent, kept below the largest number."""
-    return tl.exp(tl.minimum(exponent * log_x, 80.0))
+    """x^exponent; negative exponents overflow, and stop at 2^60."""
+    return tl.exp2(tl.minimum(exponent * log_x * 1.4426950408889634, 60.0))
 
 
 @triton.jit
@@ -49,24 +53,21 @@ def reverse_kl(log_p, log_q, p, q, a, b):
 
 @triton.jit
 def skew_forward_kl(log_p, log_q, p, q, w, b):
-    d = log_q - log_p
-    u = log_mixture(d, w)
-    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(d - u)
+    u, v = log_mixture(log_q - log_p, w)
+    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(-v)
 
 
 @triton.jit
 def skew_reverse_kl(log_p, log_q, p, q, w, b):
-    d = log_q - log_p
-    v = log_mixture(d, w) - d
+    u, v = log_mixture(log_q - log_p, w)
     return kl(q, w * p + (1.0 - w) * q, v), -q * (v + (1.0 - w) * tl.exp(-v))
 
 
 @triton.jit
 def jsd(log_p, log_q, p, q, w, b):
-    d = log_q - log_p
-    u = log_mixture(d, w)
+    u, v = log_mixture(log_q - log_p, w)
     m = w * p + (1.0 - w) * q
-    return w * kl(p, m, u) + (1.0 - w) * kl(q, m, u - d), (1.0 - w) * q * (d - u)
+    return w * kl(p, m, u) + (1.0 - w) * kl(q, m, v), -(1.0 - w) * q * v
 
 
 @triton.jit

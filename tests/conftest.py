@@ -2,7 +2,14 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("FASTKD_BACKEND", request.param)
+    return request.param

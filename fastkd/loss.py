@@ -294,8 +294,9 @@ class _Loss(torch.autograd.Function):
         return loss, value, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _value, _entropy):
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        upstream = upstream.detach()
         if ctx.later:
             student, teacher, labels, weight = ctx.saved_tensors
             grad = _run(student, teacher, labels, weight * upstream, ctx.settings, True, ctx.inplace)[2]
@@ -305,7 +306,25 @@ class _Loss(torch.autograd.Function):
                 grad = (grad * upstream[:, None]).to(grad.dtype)
             else:
                 grad = _scale(grad, upstream)
-        return (grad.view(ctx.shape), *[None] * 11)
+        grad = grad.view(ctx.shape)
+        if again:
+            grad = _OnlyOnce.apply(grad, torch.zeros((), requires_grad=True))
+        return (grad, *[None] * 11)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """A gradient that must not be differentiated: without this it would pass for a constant."""
+
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _grad):
+        raise RuntimeError(
+            "kd_loss cannot be differentiated twice: its gradient is computed in closed form"
+            " (fastkd.reference.kd_loss can be)"
+        )
 
 
 def _scale(grad: Tensor, upstream: Tensor) -> Tensor:

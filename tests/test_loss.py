@@ -73,7 +73,7 @@ def test_zero_at_equality_and_never_negative(divergence, backend):
     student, _ = logits(6, 500)
     if not isinstance(divergence, TAID):
         value, grad = value_and_grad(kd_loss, student, student, divergence=divergence, reduction="none")
-        assert (value == 0).all() and grad.abs().max() < 1e-6
+        assert (value < 1e-12).all() and grad.abs().max() < 1e-6
     for step in (1e-5, 1e-3, 1e-1, 10.0):
         near = student + step * torch.randn_like(student)
         value = kd_loss(student, near, divergence=divergence, reduction="none")
@@ -125,7 +125,7 @@ def test_limits(backend):
         return kd_loss(student, teacher, divergence=divergence)
 
     forward, backward = value("forward_kl"), value("reverse_kl")
-    close = dict(rtol=2e-3, atol=0)
+    close = dict(rtol=5e-3, atol=0)
     torch.testing.assert_close(value(JSD(1e-4)) / 1e-4, forward, **close)
     torch.testing.assert_close(value(JSD(1 - 1e-4)) / 1e-4, backward, **close)
     torch.testing.assert_close(value(SkewForwardKL(1e-4)), forward, **close)

@@ -1,0 +1,254 @@
+"""What `kd_loss` refuses, how it sits in autograd and torch.compile, and what memory it touches."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from common import DEVICE, assert_as_exact_as_torch, logits, value_and_grad
+
+import fastkd
+from fastkd import KDLoss, Renyi, kd_loss
+from fastkd.loss import _as_rows
+
+S, T = logits(2, 5, 30)
+Y = torch.randint(30, (2, 5), device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "kind, words, args, options",
+    [
+        (ValueError, ["(2, 5, 30)", "(2, 4, 30)"], (S, T[:, :4]), {}),
+        (ValueError, ["30", "29", "shared"], (S, T[..., :29]), {}),
+        (ValueError, ["temperature", "0"], (S, T), {"temperature": 0}),
+        (ValueError, ["temperature", "-1.5"], (S, T), {"temperature": -1.5}),
+        (ValueError, ["temperature", "inf"], (S, T), {"temperature": float("inf")}),
+        (TypeError, ["temperature", "Tensor"], (S, T), {"temperature": torch.tensor(2.0)}),
+        (ValueError, ["alpha", "1.5"], (S, T, Y), {"alpha": 1.5}),
+        (ValueError, ["alpha", "nan"], (S, T, Y), {"alpha": float("nan")}),
+        (ValueError, ["0.5", "labels"], (S, T), {"alpha": 0.5}),
+        (TypeError, ["student", "int64"], (Y, T), {}),
+        (TypeError, ["teacher", "NoneType"], (S, None), {}),
+        (TypeError, ["labels", "float32"], (S, T, Y.float()), {}),
+        (ValueError, ["labels", "(2, 5)", "(2, 4)"], (S, T, Y[:, :4]), {}),
+        (ValueError, ["30", "31"], (S, T, Y.clone().fill_(31)), {}),
+        (ValueError, ["-5"], (S, T, Y.clone().fill_(-5)), {}),
+        (ValueError, ["require grad", "teacher"], (S, T.clone().requires_grad_()), {}),
+        (ValueError, ["kl_forward", "forward_kl", "jsd"], (S, T), {"divergence": "kl_forward"}),
+        (ValueError, ["renyi", "Renyi(…)"], (S, T), {"divergence": "renyi"}),
+        (TypeError, ["divergence", "int"], (S, T), {"divergence": 3}),
+        (ValueError, ["V > 0", "(2, 5, 0)"], (S[..., :0], T[..., :0]), {}),
+        (ValueError, ["reduction", "batchmean"], (S, T), {"reduction": "batchmean"}),
+        (ValueError, ["token_weight", "(2, 4)"], (S, T), {"token_weight": torch.ones(2, 4, device=DEVICE)}),
+        (TypeError, ["token_weight", "int64"], (S, T), {"token_weight": Y}),
+        (ValueError, ["vocab", "31"], (S, T), {"vocab": 31}),
+        (ValueError, ["vocab", "padded"], (S, T), {"vocab": "padded"}),
+        (ValueError, ["num_items", "sum"], (S, T), {"num_items": 3, "reduction": "sum"}),
+        (ValueError, ["num_items", "(2,)"], (S, T), {"num_items": torch.ones(2)}),
+        (ValueError, ["group"], (S, T), {"group": object()}),
+        (ValueError, ["meta", DEVICE], (S, T.to("meta")), {}),
+    ],
+)
+def test_bad_input(kind, words, args, options):
+    if DEVICE == "cuda" and any(w in ("31", "-5") for w in words) and "vocab" not in words:
+        pytest.skip("labels out of range are a device assertion on a GPU, which ends the process")
+    with pytest.raises(kind) as error:
+        kd_loss(*args, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("make", [lambda: Renyi(1.0), lambda: Renyi(-2), lambda: fastkd.JSD(0.0), lambda: fastkd.TAID(1.1)])
+def test_bad_numbers(make):
+    with pytest.raises(ValueError, match="got"):
+        make()
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0.5, -0.5), (float("nan"), 1)])
+def test_alpha_beta_limits_are_refused(pair):
+    with pytest.raises(ValueError, match="ForwardKL"):
+        fastkd.AlphaBeta(*pair)
+
+
+def test_module():
+    loss = KDLoss(divergence="jsd", temperature=2.0, alpha=0.5)
+    options = dict(divergence="jsd", temperature=2.0, alpha=0.5)
+    assert loss(S, T, Y, num_items=7) == kd_loss(S, T, Y, num_items=7, **options)
+    assert "JSD" in repr(loss) and "temperature=2.0" in repr(loss)
+    with pytest.raises(TypeError, match="beta"):
+        KDLoss(beta=0.5)
+    with pytest.raises(ValueError, match="temperature"):
+        KDLoss(temperature=-1)
+
+
+def test_backend_choice(monkeypatch):
+    monkeypatch.setenv("FASTKD_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="auto, triton or eager"):
+        kd_loss(S, T)
+    monkeypatch.setenv("FASTKD_BACKEND", "triton")
+    with pytest.raises(ValueError, match="float64"):
+        kd_loss(S.double(), T.double())
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+            kd_loss(S, T)
+
+
+def test_import_is_cheap():
+    """No Triton, no transformers, no CUDA context; and the name `kernels` stays free for its owner."""
+    code = (
+        "import sys, fastkd, torch\n"
+        "bad = [m for m in ('triton', 'transformers', 'datasets', 'kernels', 'accelerate') if m in sys.modules]\n"
+        "assert not bad and not torch.cuda.is_initialized(), bad\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+# --- Autograd ---------------------------------------------------------------------------------------------------------
+
+
+def test_graph_can_be_kept(backend):
+    leaf = S.clone().requires_grad_()
+    loss = kd_loss(leaf, T, Y, alpha=0.5)
+    first = torch.autograd.grad(loss * 3, leaf, retain_graph=True)[0]
+    second = torch.autograd.grad(loss * 5, leaf)[0]
+    torch.testing.assert_close(first / 3, second / 5)
+
+
+def test_double_backward_is_refused(backend):
+    leaf = S.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(kd_loss(leaf, T), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        grad.sum().backward()
+
+
+def test_per_token_upstream(backend):
+    leaf, weights = S.clone().requires_grad_(), torch.rand(2, 5, device=DEVICE)
+    (kd_loss(leaf, T, reduction="none") * weights).sum().backward()
+    other = value_and_grad(kd_loss, S, T, token_weight=weights, reduction="sum")[1]
+    torch.testing.assert_close(leaf.grad.double(), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inplace(dtype, backend):
+    """The gradient lies in the logits' memory, the same bits as without; a saved use of the logits is noticed."""
+    student, teacher = S.to(dtype), T.to(dtype)
+    expected = value_and_grad(kd_loss, student, teacher, Y, alpha=0.5, temperature=2.0)[1]
+    weight = student.clone().requires_grad_()
+    own = weight * 1
+    address = own.data_ptr()
+    caught = []
+    own.register_hook(caught.append)
+    kd_loss(own, teacher, Y, alpha=0.5, temperature=2.0, inplace=True).backward()
+    assert caught[0].data_ptr() == address
+    assert torch.equal(weight.grad.double(), expected)
+    if dtype != torch.float16:
+        own = weight.exp()  # saves its output
+        loss = kd_loss(own, teacher, inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_without_gradients_none_is_computed(backend, monkeypatch):
+    def fail(*args):
+        raise AssertionError("a gradient buffer was made")
+
+    monkeypatch.setattr(fastkd.eager, "empty_grad", fail)
+    with torch.no_grad():
+        kd_loss(S.clone().requires_grad_(), T)
+    kd_loss(S, T)
+    with pytest.raises(AssertionError):
+        kd_loss(S.clone().requires_grad_(), T)
+
+
+def test_autocast(backend):
+    head = torch.nn.Linear(8, 30, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        student = head(torch.randn(4, 8, device=DEVICE))
+        loss = kd_loss(student, T[0, :4])
+    assert student.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    assert head.weight.grad.isfinite().all()
+
+
+def test_same_bits_every_time(backend):
+    student, teacher = logits(7, 5000)
+    runs = [value_and_grad(kd_loss, student, teacher, divergence="jsd") for _ in range(3)]
+    assert all(torch.equal(r[0], runs[0][0]) and torch.equal(r[1], runs[0][1]) for r in runs)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_without_graph_break(inplace, backend):
+    def step(x, t, y):
+        parts = kd_loss(x * 2, t, y, divergence="jsd", alpha=0.5, shift=True, return_parts=True, inplace=inplace)
+        return parts.loss * 3
+
+    expected = value_and_grad(step, S, T, Y)
+    compiled = value_and_grad(torch.compile(step, fullgraph=True), S, T, Y)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_shapes_and_strides(backend):
+    """Any leading shape; slices and transposes give what contiguous logits give, slices without a copy."""
+    student, teacher = logits(3, 4, 9, 40)
+    options = dict(reduction="none", temperature=2.0)
+    whole = kd_loss(student, teacher, **options)
+    assert whole.shape == (3, 4, 9)
+    torch.testing.assert_close(kd_loss(student[0, 0, 0], teacher[0, 0, 0], **options), whole[0, 0, 0])
+    student, teacher, whole = student[0], teacher[0], whole[0]
+    cases = {
+        "sliced": lambda x: x[:, 1:],
+        "strided": lambda x: x[::2, :-2],
+        "padded": lambda x: torch.nn.functional.pad(x, (0, 5))[..., :40],
+        "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "batch second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "expanded": lambda x: x[:1].expand(4, -1, -1),
+    }
+    for name, view in cases.items():
+        expected = view(whole[..., None])[..., 0] if name != "padded" else whole
+        expected = whole[:1].expand(4, -1) if name == "expanded" else expected
+        torch.testing.assert_close(kd_loss(view(student), view(teacher), **options), expected, msg=name)
+        torch.testing.assert_close(kd_loss(view(student), view(teacher).contiguous(), **options), expected, msg=name)
+    assert_as_exact_as_torch(student[:, 1:], teacher[:, :-1], temperature=2.0)
+    assert _as_rows(student[:, 1:]).data_ptr() == student[:, 1:].data_ptr()
+    assert kd_loss(student[:, 1:].requires_grad_(), teacher[:, 1:]).requires_grad
+
+
+# --- How the kernel is cut ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split, tiles", [(1, 5), (2, 3), (3, 2), (5, 1)])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "taid", "logit_mse"])
+def test_parts_of_a_row_meet(split, tiles, name):
+    """A row split over programs, one launch a phase, gives what one program gives."""
+    from fastkd.kernels import dense as kernel
+
+    divergence = fastkd.TAID(0.5) if name == "taid" else fastkd.divergences.get(name)
+    student, teacher = (x[None] for x in logits(6, 600))
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0], device=DEVICE)
+    labels = torch.arange(0, 600, 100, device=DEVICE)
+    results = []
+    for plan in (kernel.Plan(1024, 1, 1, 6, 4, False), kernel.Plan(128, tiles, split, 6, 4, False)):
+        grad = torch.full((6, 600), float("nan"), device=DEVICE)
+        value, entropy = kernel.dense(
+            student, teacher, labels, weight, divergence, temperature=2.0, n=590,
+            kd_scale=0.5, ce_scale=0.5, cross_entropy=True, grad=grad, plan=plan,
+        )  # fmt: skip
+        results.append((value, entropy, grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("V", [1, 7, 4097, 32_000, 128_256, 151_936, 262_144])
+def test_plan(V):
+    """Every entry has one owner, the teams' rows fit the cache, and one team always fits the device."""
+    from fastkd.kernels.dense import plan
+
+    for T in (1, 7, 8192):
+        for programs in (0, 8, 264):
+            p = plan(T, V, 4 * V, programs, 30_000_000)
+            assert p.block * p.tiles * p.split >= V > p.block * p.tiles * (p.split - 1)
+            assert 1 <= p.teams <= T and (not programs or p.teams * p.split <= max(programs, T))
+            assert p.waits == (p.split > 1)
+            if p.waits:
+                assert p.teams * p.split <= programs

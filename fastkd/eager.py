@@ -164,7 +164,8 @@ def _softmax(logits, temperature, x, p) -> _Softmax:
     maximum = logits.amax(-1, keepdim=True)
     maximum.masked_fill_(maximum == -math.inf, 0)
     scale = 1 / (temperature * LN_2)
-    torch.add(maximum * -scale, logits, alpha=scale, out=x)  # one fused multiply-add, exact near the maximum
+    anchor = maximum * -scale
+    torch.add(anchor, logits, alpha=scale, out=x)  # one fused multiply-add: its only rounding is the anchor's
     dead = empty = None
     if x.device.type != "cpu" or not x.amin() > DEAD:
         dead = x <= DEAD
@@ -179,35 +180,37 @@ def _softmax(logits, temperature, x, p) -> _Softmax:
     torch.add(-log_total, x, alpha=LN_2, out=x)
     if dead is not None:
         x.masked_fill_(dead, LOG_FLOOR)
-    return _Softmax(x, p, maximum, log_total, dead, empty)
+    exact_scale = torch.tensor(scale, dtype=x.dtype).item()
+    rounding = (maximum.double() * exact_scale + anchor.double()) * LN_2
+    return _Softmax(x, p, maximum, log_total - rounding, dead, empty)
 
 
 def _value_and_slope(a: _Softmax, s, t, divergence: Divergence, temperature, work):
     b = _softmax(t, temperature, *work[:2])
     sides = (b.log_p, a.log_p, b.p, a.p)
-    target, empty = b.p, [a.empty, b.empty]
+    empty = [a.empty, b.empty]
     if divergence.kind == "mixed":
         mixed = _mix(s, t, a, b, *divergence.mixing, work[2])
         c = _softmax(mixed, temperature, *work[2:])
-        sides, target = (b.log_p, a.log_p, c.log_p, b.p, a.p, c.p), c.p
+        sides = (b.log_p, a.log_p, c.log_p, b.p, a.p, c.p)
         empty.append(c.empty)
-    infinite = _infinite(a, b, target, empty, divergence)  # before the term overwrites what it is given
+    infinite = _infinite(a, b, empty, divergence)  # before the term overwrites what it is given
     value, slope = divergence.term(*sides)
     return value if infinite is None else value.masked_fill(infinite, math.inf), slope
 
 
-def _infinite(a: _Softmax, b: _Softmax, target, empty, divergence: Divergence):
+def _infinite(a: _Softmax, b: _Softmax, empty, divergence: Divergence):
     """Rows whose divergence is +inf by definition, or None: a distribution without support, or outside the other's."""
     if a.dead is None and b.dead is None:
         return None
-    infinite = torch.zeros(len(target), dtype=torch.bool, device=target.device)
+    infinite = torch.zeros(len(a.p), dtype=torch.bool, device=a.p.device)
     for rows in empty:
         if rows is not None:
             infinite |= rows
     if divergence.infinite_p and b.dead is not None:
         infinite |= (b.dead & (a.p > 0)).any(-1)
     if divergence.infinite_q and a.dead is not None:
-        infinite |= (a.dead & (target > 0)).any(-1)
+        infinite |= (a.dead & (b.p > 0)).any(-1)
     return infinite
 
 

@@ -110,14 +110,12 @@ def _term(x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
             z = _mix(x, y, mix_s, mix_t)
             log_r, r = _log_softmax(z, mz, lz, scale)
             value, slope = TERM(log_p, log_q, log_r, p, q, r, a, b)
-            target = r
         else:
             value, slope = TERM(log_p, log_q, p, q, a, b)
-            target = p
         if INFINITE_P:
             value = tl.where(dead_t & (q > 0.0), float("inf"), value)
         if INFINITE_Q:
-            value = tl.where(dead_s & (target > 0.0), float("inf"), value)
+            value = tl.where(dead_s & (p > 0.0), float("inf"), value)
         outside = dead_s & dead_t
         value, slope = tl.where(outside, 0.0, value), tl.where(outside, 0.0, slope)
     return value, slope, q
@@ -171,7 +169,8 @@ def _sweep(
     T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
     TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
-    CE: tl.constexpr, VALUE: tl.constexpr, GRAD: tl.constexpr, WAITS: tl.constexpr,
+    MEAN: tl.constexpr, CE: tl.constexpr, VALUE: tl.constexpr, GRAD: tl.constexpr,
+    WAITS: tl.constexpr,
     SPLIT: tl.constexpr, SPLIT_2: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Phase 2 (VALUE) or 3 of one part of row j, the gradient written in either (GRAD)."""
@@ -232,7 +231,8 @@ def _sweep(
             )  # fmt: skip
             if VALUE:
                 values += value
-                slopes += slope
+                if MEAN:
+                    slopes += slope
             if GRAD:
                 grad = kd_scale * (slope - q * mean)
                 if CE != "none":
@@ -289,7 +289,7 @@ def dense_kernel(
                     j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr,
                     flag_ptr, T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
                     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-                    TERM, KIND, INFINITE_P, INFINITE_Q, CE, True, GRAD and not MEAN, WAITS,
+                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, True, GRAD and not MEAN, WAITS,
                     SPLIT, SPLIT_2, TILES, BLOCK,
                 )  # fmt: skip
                 if WAITS and THIRD:
@@ -303,7 +303,7 @@ def dense_kernel(
                     j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr,
                     flag_ptr + T, T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
                     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-                    TERM, KIND, INFINITE_P, INFINITE_Q, CE, False, True, WAITS,
+                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, False, True, WAITS,
                     SPLIT, SPLIT_2, TILES, BLOCK,
                 )  # fmt: skip
 
@@ -335,7 +335,9 @@ class Plan(NamedTuple):
     waits: bool
 
 
-def plan(T: int, V: int, row_bytes: int, programs: int = 0, cache_bytes: int = 0) -> Plan:
+def plan(
+    T: int, V: int, row_bytes: int, programs: int = 0, cache_bytes: int = 0, warp: int = 32
+) -> Plan:
     """Pure function of the shapes and the device.
 
     `programs` that run at the same time and wait for each other (0: none may), `cache_bytes` of L2 in which the rows of
@@ -343,7 +345,7 @@ def plan(T: int, V: int, row_bytes: int, programs: int = 0, cache_bytes: int = 0
     """
     block = max(128, min(2048, triton.next_power_of_2(V)))
     blocks = triton.cdiv(V, block)
-    warps = 8 if block == 2048 else 4
+    warps = (256 if block == 2048 else 128) // warp  # 8 entries a thread: 16-byte loads of bf16
     if not programs or blocks == 1:
         return Plan(block, blocks, 1, T, warps, False)
     rows = max(1, cache_bytes // (3 * row_bytes))
@@ -357,7 +359,7 @@ def device_plan(T: int, V: int, student: torch.Tensor, teacher: torch.Tensor) ->
     """Programs wait for each other on NVIDIA GPUs only, launched cooperatively: all of them run, or none."""
     row_bytes = V * (student.element_size() + teacher.element_size())
     if student.device.type != "cuda" or torch.version.hip:
-        return plan(T, V, row_bytes)
+        return plan(T, V, row_bytes, warp=64 if torch.version.hip else 32)
     device = torch.cuda.get_device_properties(student.device)
     return plan(T, V, row_bytes, PROGRAMS_PER_SM * device.multi_processor_count, device.L2_cache_size // 2)
 

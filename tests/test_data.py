@@ -17,12 +17,14 @@ PLAIN = (
 )
 MARKED = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}\n"
+    "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # As Qwen3 does: what was thought is kept in the last turn only.
 FORGETFUL = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and loop.last %}(thinking){% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' and loop.last %}(thinking){% endif %}"
     "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TALK = [
@@ -71,7 +73,9 @@ def test_labels_only_on_the_response(row, whole, tokenizer):
 
 def test_text_is_learnt_whole_and_ended_once(tokenizer):
     for text in ("abc", "abc<|end|>"):
-        assert learnt(encode_one({"text": text}, tokenizer, packing=False), tokenizer) == "abc<|end|>"
+        assert (
+            learnt(encode_one({"text": text}, tokenizer, packing=False), tokenizer) == "abc<|end|>"
+        )
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED, FORGETFUL])
@@ -93,12 +97,18 @@ def test_conversational_prompt_and_completion(tokenizer):
 def test_instructions_use_the_chat_template(tokenizer):
     tokenizer.chat_template = PLAIN
     encoded = encode_one({"instruction": "say four", "output": "4"}, tokenizer)
-    assert tokenizer.decode(encoded["input_ids"]) == "<|user|>say four<|end|>\n<|assistant|>4<|end|>\n"
+    assert (
+        tokenizer.decode(encoded["input_ids"]) == "<|user|>say four<|end|>\n<|assistant|>4<|end|>\n"
+    )
     assert learnt(encoded, tokenizer) == "4<|end|>"
 
 
 def test_pre_tokenised_rows_are_kept(tokenizer):
-    assert encode_one({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, tokenizer)["labels"] == [-100, 2, 3]
+    assert encode_one({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, tokenizer)["labels"] == [
+        -100,
+        2,
+        3,
+    ]
     assert encode_one({"input_ids": [1, 2, 3]}, tokenizer)["labels"] == [1, 2, 3]
 
 
@@ -112,7 +122,9 @@ def test_packing_joins_documents_and_loses_nothing(tokenizer):
 
 
 def test_rows_cut_before_the_response_are_dropped_and_counted(tokenizer, capsys):
-    rows = Dataset.from_list([{"prompt": "p" * 50, "completion": "x"}, {"prompt": "p", "completion": "x"}])
+    rows = Dataset.from_list(
+        [{"prompt": "p" * 50, "completion": "x"}, {"prompt": "p", "completion": "x"}]
+    )
     encoded = encode(rows, tokenizer, 10)
     assert len(encoded) == 1 and learnt(encoded[0], tokenizer) == "x<|end|>"
     assert "dropped 1 of 2 rows" in capsys.readouterr().out
@@ -121,7 +133,9 @@ def test_rows_cut_before_the_response_are_dropped_and_counted(tokenizer, capsys)
 
 
 def test_unknown_columns_are_listed(tokenizer):
-    with pytest.raises(InputError, match="found the columns question, verdict; expected text | prompt"):
+    with pytest.raises(
+        InputError, match="found the columns question, verdict; expected text | prompt"
+    ):
         encode(Dataset.from_list([{"question": "?", "verdict": "!"}]), tokenizer, 10)
 
 
@@ -168,7 +182,9 @@ def test_processes_share_each_epoch(processes):
     per_epoch = -(-n // 2)
     ranks = [seen(rank, 0, 2 * per_epoch) for rank in range(processes)]
     for epoch in (0, 1):
-        steps = [step for rank in ranks for step in rank[epoch * per_epoch : (epoch + 1) * per_epoch]]
+        steps = [
+            step for rank in ranks for step in rank[epoch * per_epoch : (epoch + 1) * per_epoch]
+        ]
         ids = [i for step in steps for batch in step for i in batch]
         assert len(ids) == len(set(ids)) and len(ids) > 14 - processes
     assert all(len(rank) == 2 * per_epoch for rank in ranks)

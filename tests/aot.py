@@ -1,0 +1,89 @@
+"""Compile the kernels for GPUs that are not here: `python tests/aot.py TARGET`, one JSON line per kernel.
+
+A process of its own, because the interpreter (TRITON_INTERPRET) is chosen when the kernels are imported.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from common import DIVERGENCES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastkd.kernels import dense as kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+INTEGERS = "n V s_outer s_inner t_outer t_inner T s_len t_len lag step factor_stride".split()
+ALIGNED = "n V s_outer s_inner t_outer t_inner".split()  # rows of a multiple of 16 entries, as Triton specialises them
+
+
+def compile_kernel(kernel, target, types, constants, **options):
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = types.get(name, "i32" if name in INTEGERS else "fp32")
+        if name.endswith("_ptr") or name in ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def dense_variants(target):
+    logits = dict(s_ptr="*bf16", t_ptr="*bf16", grad_ptr="*bf16", label_ptr="*i64", flag_ptr="*i32")
+    types = {n: "*fp32" for n in kernels.dense_kernel.arg_names if n.endswith("_ptr")} | logits
+    cuda = target.backend == "cuda"
+    for divergence in DIVERGENCES:
+        for split, ce in ((19, "own"), (1, "shared"), (1, "none")):
+            if (not cuda and split > 1) or (ce == "shared" and divergence.kind == "logits"):
+                continue
+            if target.arch != 90 and split == 1 and cuda:
+                continue  # the largest form stands for the others
+            programs = 264 if split > 1 else 0
+            p = kernels.plan(8192, 151_936, 4 * 151_936, programs, 30_000_000, target.warp_size)
+            constants = dict(
+                TERM=divergence.triton_term(), KIND=divergence.kind, INFINITE_P=divergence.infinite_p,
+                INFINITE_Q=divergence.infinite_q, MEAN=divergence.slope_sum is None, CE=ce, GRAD=True, PHASES=7,
+                SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split), TILES=p.tiles, BLOCK=p.block,
+            )  # fmt: skip
+            options = dict(num_warps=p.warps) | (dict(maxnreg=kernels.MAX_REGISTERS) if cuda else {})
+            name = f"{divergence} split={p.split} ce={ce}"
+            yield name, compile_kernel(kernels.dense_kernel, target, types, constants, **options)
+
+
+def report(name, compiled, target):
+    if target.backend == "hip":
+        code = compiled.asm["amdgcn"]
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
+        return dict(name=name, spills=spills, local=int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)[1]),
+                    wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", code)))  # fmt: skip
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return dict(name=name, registers=int(numbers["REG"]), local=int(numbers["LOCAL"]) + int(numbers["STACK"]),
+                spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), wide_loads=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", sass)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    target = TARGETS[sys.argv[1]]
+    for name, compiled in dense_variants(target):
+        print(json.dumps(report(name, compiled, target)), flush=True)
+    scale = compile_kernel(
+        kernels.scale_kernel, target, dict(x_ptr="*bf16", factor_ptr="*fp32"), dict(BLOCK=1024), num_warps=4
+    )
+    print(json.dumps(report("scale", scale, target)), flush=True)

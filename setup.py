@@ -18,7 +18,14 @@ setup(
     install_requires=["torch>=2.6"],
     extras_require={
         "triton": ["triton>=3.3"],
-        "train": ["accelerate>=1.2", "datasets>=3.0", "matplotlib>=3.8", "pyyaml>=6", "tqdm>=4.65", "transformers>=5.0"],
+        "train": [
+            "accelerate>=1.2",
+            "datasets>=3.0",
+            "matplotlib>=3.8",
+            "pyyaml>=6",
+            "tqdm>=4.65",
+            "transformers>=5.0",
+        ],
         "lora": ["peft>=0.15"],
         "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.8"],
     },

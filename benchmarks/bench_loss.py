@@ -78,7 +78,9 @@ def naive(student, teacher, divergence):
     if divergence.name == "forward_kl":
         log_q, p = F.log_softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
         return F.kl_div(log_q, p, reduction="batchmean") * TEMPERATURE**2
-    return reference.naive(student, teacher, divergence, TEMPERATURE).mean() * divergence.compensation(TEMPERATURE)
+    return reference.naive(
+        student, teacher, divergence, TEMPERATURE
+    ).mean() * divergence.compensation(TEMPERATURE)
 
 
 def fused(student, teacher, divergence):
@@ -89,9 +91,13 @@ def liger(student, teacher, divergence):
     modules = pytest.importorskip("liger_kernel.transformers")
     log_q = F.log_softmax(student.float() / TEMPERATURE, -1)
     if divergence.name == "forward_kl":
-        loss = modules.LigerKLDIVLoss(reduction="batchmean")(log_q, F.softmax(teacher.float() / TEMPERATURE, -1))
+        loss = modules.LigerKLDIVLoss(reduction="batchmean")(
+            log_q, F.softmax(teacher.float() / TEMPERATURE, -1)
+        )
     elif divergence.name == "jsd":
-        loss = modules.LigerJSD(beta=divergence.teacher_weight)(log_q, F.log_softmax(teacher.float() / TEMPERATURE, -1))
+        loss = modules.LigerJSD(beta=divergence.teacher_weight)(
+            log_q, F.log_softmax(teacher.float() / TEMPERATURE, -1)
+        )
     else:
         pytest.skip("no such loss there")
     return loss * TEMPERATURE**2
@@ -113,7 +119,11 @@ def peak_bytes(run, student):
         return None
 
     def kilobytes(field):
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+        return int(
+            next(
+                line for line in status.read_text().splitlines() if line.startswith(field)
+            ).split()[1]
+        )
 
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = kilobytes("VmRSS")

@@ -12,7 +12,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     cpu = machine_info.get("cpu", {})
     machine_info.clear()
     machine_info["device"] = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else cpu.get("brand_raw", platform.machine())
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else cpu.get("brand_raw", platform.machine())
     )
     machine_info["threads"] = torch.get_num_threads()
     machine_info["python"] = platform.python_version()

@@ -24,7 +24,9 @@ def table(result: dict) -> str:
         cells.setdefault(key, {})[info["provider"]] = info | {"median": bench["stats"]["median"]}
     info = next(iter(next(iter(cells.values())).values()))
     machine = result["machine_info"]
-    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "liger-kernel") if machine.get(k))
+    versions = ", ".join(
+        f"{k} {machine[k]}" for k in ("torch", "triton", "liger-kernel") if machine.get(k)
+    )
     lines = [
         f"{machine['device']}, {machine['threads']} threads, {versions}; {info['rows']} rows, {info['dtype'][6:]}, T = 2.",
         "",
@@ -32,7 +34,11 @@ def table(result: dict) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (divergence, V, distance), row in cells.items():
-        name = divergence if distance == 1 else f"{divergence}, student within {distance} of the teacher"
+        name = (
+            divergence
+            if distance == 1
+            else f"{divergence}, student within {distance} of the teacher"
+        )
 
         def ms(provider, row=row):
             return f"{row[provider]['median'] * 1e3:,.1f} ms" if provider in row else "–"

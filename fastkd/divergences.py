@@ -54,7 +54,9 @@ def kl(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     if p.device.type != "cpu":
         return _kl_without_cancellation(p, q, d)
     value = q.sum(-1) - p.sum(-1) - dot(p, d)
-    for row in (value < CANCELS).nonzero().flatten().tolist():  # row by row: the temporaries stay small
+    for row in (
+        (value < CANCELS).nonzero().flatten().tolist()
+    ):  # row by row: the temporaries stay small
         value[row] = _kl_without_cancellation(p[row], q[row], d[row])
     return value
 
@@ -85,7 +87,9 @@ def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:
 def _unit(name: str, value: float, low_open: bool, high_open: bool) -> None:
     inside = (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
     if not inside:
-        raise ValueError(f"{name} must be in {'(' if low_open else '['}0, 1{')' if high_open else ']'}, got {value}")
+        raise ValueError(
+            f"{name} must be in {'(' if low_open else '['}0, 1{')' if high_open else ']'}, got {value}"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ class Divergence:
         """The definition: (..., V) log-probabilities of teacher and student to (...) values."""
         raise TypeError(f"{type(self).__name__} has no formula")
 
-    def reference(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    def reference(
+        self, student: torch.Tensor, teacher: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
         """The definition on logits, differentiable wrt the student's: (..., V) to (...)."""
         return self.formula(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
 
@@ -166,7 +172,9 @@ def _definition_of_kl(log_a, log_b):
 
 
 def _log_m(log_p, log_q, w):
-    return torch.logaddexp(log_p + math.log(w) if w else torch.full_like(log_p, -math.inf), log_q + math.log1p(-w))
+    return torch.logaddexp(
+        log_p + math.log(w) if w else torch.full_like(log_p, -math.inf), log_q + math.log1p(-w)
+    )
 
 
 @dataclass(frozen=True)
@@ -373,7 +381,9 @@ class Renyi(Divergence):
 
     def __post_init__(self):
         if not self.order > 0 or self.order == 1 or math.isinf(self.order):
-            raise ValueError(f"Renyi's order must be positive, finite and not 1 (forward KL is its limit), got {self.order}")
+            raise ValueError(
+                f"Renyi's order must be positive, finite and not 1 (forward KL is its limit), got {self.order}"
+            )
 
     @property
     def infinite_q(self):
@@ -408,7 +418,9 @@ class AlphaBeta(Divergence):
     name = "alpha_beta"
 
     def __post_init__(self):
-        if 0 in (self.alpha, self.beta, self.alpha + self.beta) or not math.isfinite(self.alpha + self.beta):
+        if 0 in (self.alpha, self.beta, self.alpha + self.beta) or not math.isfinite(
+            self.alpha + self.beta
+        ):
             raise ValueError(
                 "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits (1, 0) and (0, 1) are"
                 f" ForwardKL and ReverseKL), got alpha={self.alpha}, beta={self.beta}"
@@ -467,10 +479,13 @@ class TAID(Divergence):
     name = "taid"
     kind = "mixed"
     slope_sum = -1.0
-    infinite_q = True
 
     def __post_init__(self):
         _unit("TAID's t", self.t, low_open=False, high_open=False)
+
+    @property
+    def infinite_q(self):
+        return self.t == 1
 
     @property
     def mixing(self):
@@ -478,7 +493,9 @@ class TAID(Divergence):
 
     def reference(self, student, teacher, temperature):
         mixed = (1 - self.t) * student.detach() + self.t * teacher
-        return _definition_of_kl(_log_softmax(mixed, temperature), _log_softmax(student, temperature))
+        return _definition_of_kl(
+            _log_softmax(mixed, temperature), _log_softmax(student, temperature)
+        )
 
     def term(self, log_p, log_q, log_r, p, q, r):
         return kl(r, q, log_q.sub_(log_r)), r.neg_()
@@ -517,9 +534,13 @@ def get(divergence: str | Divergence) -> Divergence:
     if isinstance(divergence, Divergence):
         return divergence
     if not isinstance(divergence, str):
-        raise TypeError(f"divergence must be a name or a Divergence, got {type(divergence).__name__}")
+        raise TypeError(
+            f"divergence must be a name or a Divergence, got {type(divergence).__name__}"
+        )
     if divergence not in _REGISTRY:
-        raise ValueError(f"unknown divergence {divergence!r}; known: {', '.join(sorted(_REGISTRY))}")
+        raise ValueError(
+            f"unknown divergence {divergence!r}; known: {', '.join(sorted(_REGISTRY))}"
+        )
     try:
         return _REGISTRY[divergence]()
     except TypeError as error:

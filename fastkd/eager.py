@@ -19,7 +19,9 @@ from fastkd.divergences import LOG_FLOOR, Divergence, dot
 
 LN_2 = math.log(2)
 DEAD = -1e30  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
-BLOCK_ENTRIES = 5 * 2**16  # per thread: a few buffers of 1.25 MiB in fp32 stay in a core's share of the cache
+BLOCK_ENTRIES = (
+    5 * 2**16
+)  # per thread: a few buffers of 1.25 MiB in fp32 stay in a core's share of the cache
 HUGE_PAGE = 2**21
 
 
@@ -62,8 +64,14 @@ def dense(
     torch.empty(32_000_000, dtype=torch.uint8)
     size = _block_rows(student)
     # Allocated once: what is freed in between costs page faults again.
-    scratch = torch.empty((6 if divergence.kind == "mixed" else 4, size, n), dtype=dtype, device=student.device)
-    whole = torch.empty((2, size, student.shape[-1]), dtype=dtype, device=student.device) if cross_entropy else None
+    scratch = torch.empty(
+        (6 if divergence.kind == "mixed" else 4, size, n), dtype=dtype, device=student.device
+    )
+    whole = (
+        torch.empty((2, size, student.shape[-1]), dtype=dtype, device=student.device)
+        if cross_entropy
+        else None
+    )
     for rows, s, t in _blocks(student, teacher, size):
         w = weight[rows, None].to(dtype)
         g = None if grad is None else grad[rows]
@@ -77,7 +85,9 @@ def dense(
             q = None
         else:
             a = _softmax(s[:, :n], temperature, *work[:2])
-            values[rows], slope = _value_and_slope(a, s[:, :n], t[:, :n], divergence, temperature, work[2:])
+            values[rows], slope = _value_and_slope(
+                a, s[:, :n], t[:, :n], divergence, temperature, work[2:]
+            )
             q = a.p
         if cross_entropy:
             shared = q is not None and temperature == 1 and n == s.shape[-1]
@@ -133,7 +143,11 @@ def _rows(x, low, high):
 def empty_grad(student: torch.Tensor) -> torch.Tensor:
     """(T, V) memory for the gradient. On Linux in huge pages: the first touch of ordinary ones costs as much as the
     arithmetic. The advice is only that, and where it cannot be given nothing happens."""
-    grad = torch.empty((student.shape[0] * student.shape[1], student.shape[2]), dtype=student.dtype, device=student.device)
+    grad = torch.empty(
+        (student.shape[0] * student.shape[1], student.shape[2]),
+        dtype=student.dtype,
+        device=student.device,
+    )
     start = -(-grad.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     size = (grad.data_ptr() + grad.nbytes) // HUGE_PAGE * HUGE_PAGE - start
     if sys.platform == "linux" and grad.device.type == "cpu" and size > 16 * HUGE_PAGE:
@@ -151,7 +165,9 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 class _Softmax(NamedTuple):
     log_p: torch.Tensor  # (rows, V), finite
     p: torch.Tensor
-    maximum: torch.Tensor  # (rows, 1) of the logits, and the logarithm of Σ exp((logits - maximum) / T)
+    maximum: (
+        torch.Tensor
+    )  # (rows, 1) of the logits, and the logarithm of Σ exp((logits - maximum) / T)
     log_total: torch.Tensor
     dead: torch.Tensor | None  # where p is 0 by a logit of -inf, or None: nowhere
     empty: torch.Tensor | None  # (rows,) without any support
@@ -165,7 +181,9 @@ def _softmax(logits, temperature, x, p) -> _Softmax:
     maximum.masked_fill_(maximum == -math.inf, 0)
     scale = 1 / (temperature * LN_2)
     anchor = maximum * -scale
-    torch.add(anchor, logits, alpha=scale, out=x)  # one fused multiply-add: its only rounding is the anchor's
+    torch.add(
+        anchor, logits, alpha=scale, out=x
+    )  # one fused multiply-add: its only rounding is the anchor's
     dead = empty = None
     if x.device.type != "cpu" or not x.amin() > DEAD:
         dead = x <= DEAD
@@ -176,7 +194,9 @@ def _softmax(logits, temperature, x, p) -> _Softmax:
         empty = total.squeeze(-1) == 0
         total.masked_fill_(total == 0, 1)
     log_total = total.log()
-    p.mul_(torch.exp(-log_total.double()))  # not 1 / total: the rounding of log_total must be in both or in neither
+    p.mul_(
+        torch.exp(-log_total.double())
+    )  # not 1 / total: the rounding of log_total must be in both or in neither
     torch.add(-log_total, x, alpha=LN_2, out=x)
     if dead is not None:
         x.masked_fill_(dead, LOG_FLOOR)
@@ -228,7 +248,9 @@ def _mix(s, t, a: _Softmax, b: _Softmax, mix_s: float, mix_t: float, mixed):
 
 def _logit_mse(s, t, divergence, difference):
     """(rows,) values and the gradient of divergence kind "logits"."""
-    torch.sub(s, t, out=difference) if s.dtype == t.dtype == difference.dtype else difference.copy_(s).sub_(t)
+    torch.sub(s, t, out=difference) if s.dtype == t.dtype == difference.dtype else difference.copy_(
+        s
+    ).sub_(t)
     infinite = None
     if s.device.type != "cpu" or not (difference.amin() > DEAD and difference.amax() < -DEAD):
         dead_s, dead_t = s <= DEAD, t <= DEAD

@@ -100,11 +100,27 @@ def kd_loss(
         scaling) is applied before the cast; the logits of both sides are kept until then.
     """
     d = divergences.get(divergence)
-    n = _check(student, teacher, labels, d, temperature, alpha, token_weight, reduction, num_items, vocab, group)
+    n = _check(
+        student,
+        teacher,
+        labels,
+        d,
+        temperature,
+        alpha,
+        token_weight,
+        reduction,
+        num_items,
+        vocab,
+        group,
+    )
     leading, V = student.shape[:-1], student.shape[-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
 
-    weight = torch.ones(leading, dtype=dtype, device=student.device) if token_weight is None else token_weight.to(dtype)
+    weight = (
+        torch.ones(leading, dtype=dtype, device=student.device)
+        if token_weight is None
+        else token_weight.to(dtype)
+    )
     if shift:
         weight = F.pad(weight[..., 1:], (0, 1))
         labels = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=ignore_index)
@@ -116,13 +132,22 @@ def kd_loss(
     if student.numel() == 0:
         nothing = student.sum(-1).to(dtype) * 0
         loss = nothing if reduction == "none" else nothing.sum()
-        parts = KDParts(loss, loss.detach(), None if labels is None else loss.detach(), loss.new_zeros((), dtype=torch.int64))
+        parts = KDParts(
+            loss,
+            loss.detach(),
+            None if labels is None else loss.detach(),
+            loss.new_zeros((), dtype=torch.int64),
+        )
         return parts if return_parts else loss
 
     weight = weight.reshape(-1)
     if reduction == "mean":
         total = weight.sum() if num_items is None else num_items
-        coefficient = weight / torch.where(total == 0, 1, total) if isinstance(total, Tensor) else weight / (total or 1)
+        coefficient = (
+            weight / torch.where(total == 0, 1, total)
+            if isinstance(total, Tensor)
+            else weight / (total or 1)
+        )
     else:
         coefficient = weight
     c = d.compensation(temperature) if compensate else 1.0
@@ -162,7 +187,9 @@ class KDLoss(torch.nn.Module):
             raise TypeError(f"unknown settings {unknown}; known: {sorted(known)}")
         self.settings = {name: kd_loss.__kwdefaults__[name] for name in sorted(known)} | settings
         self.settings["divergence"] = divergences.get(self.settings["divergence"])
-        _check_settings(self.settings["temperature"], self.settings["alpha"], self.settings["reduction"])
+        _check_settings(
+            self.settings["temperature"], self.settings["alpha"], self.settings["reduction"]
+        )
 
     def forward(
         self,
@@ -173,10 +200,21 @@ class KDLoss(torch.nn.Module):
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Tensor | KDParts:
-        return kd_loss(student, teacher, labels, token_weight=token_weight, num_items=num_items, **self.settings)
+        return kd_loss(
+            student,
+            teacher,
+            labels,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.settings,
+        )
 
     def extra_repr(self) -> str:
-        changed = {k: v for k, v in self.settings.items() if k == "divergence" or v != kd_loss.__kwdefaults__[k]}
+        changed = {
+            k: v
+            for k, v in self.settings.items()
+            if k == "divergence" or v != kd_loss.__kwdefaults__[k]
+        }
         return ", ".join(f"{k}={v}" for k, v in changed.items())
 
 
@@ -193,7 +231,17 @@ def _check_settings(temperature, alpha, reduction) -> None:
 
 
 def _check(
-    student, teacher, labels, divergence, temperature, alpha, token_weight, reduction, num_items, vocab, group
+    student,
+    teacher,
+    labels,
+    divergence,
+    temperature,
+    alpha,
+    token_weight,
+    reduction,
+    num_items,
+    vocab,
+    group,
 ) -> int:
     """Raise what the contract promises; return how many entries the divergence sees."""
     _check_settings(temperature, alpha, reduction)
@@ -201,27 +249,41 @@ def _check(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor of logits, got {type(x).__name__}")
         if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64 logits, got {x.dtype}")
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64 logits, got {x.dtype}"
+            )
         if x.dim() == 0 or x.shape[-1] == 0:
-            raise ValueError(f"{name} must be (..., V) logits with V > 0, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be (..., V) logits with V > 0, got shape {tuple(x.shape)}"
+            )
     if student.shape[:-1] != teacher.shape[:-1]:
         shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"student and teacher must agree in all dimensions but the last, got shapes {shapes}")
+        raise ValueError(
+            f"student and teacher must agree in all dimensions but the last, got shapes {shapes}"
+        )
     if teacher.requires_grad:
-        raise ValueError("the teacher is never differentiated, but its logits require grad: compute them under no_grad")
+        raise ValueError(
+            "the teacher is never differentiated, but its logits require grad: compute them under no_grad"
+        )
     for name, x in (("teacher", teacher), ("labels", labels), ("token_weight", token_weight)):
         if isinstance(x, Tensor) and x.device != student.device:
             raise ValueError(f"{name} is on {x.device}, the student on {student.device}")
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-            raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+            raise TypeError(
+                f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
+            )
         if labels.shape != student.shape[:-1]:
             expected, got = tuple(student.shape[:-1]), tuple(labels.shape)
-            raise ValueError(f"labels must have the shape of the logits without the last dimension, {expected}, got {got}")
+            raise ValueError(
+                f"labels must have the shape of the logits without the last dimension, {expected}, got {got}"
+            )
     elif alpha < 1:
         raise ValueError(f"alpha = {alpha} mixes in the cross-entropy, which needs labels")
     if token_weight is not None:
-        if not isinstance(token_weight, Tensor) or not (token_weight.dtype == torch.bool or token_weight.is_floating_point()):
+        if not isinstance(token_weight, Tensor) or not (
+            token_weight.dtype == torch.bool or token_weight.is_floating_point()
+        ):
             got = getattr(token_weight, "dtype", type(token_weight).__name__)
             raise TypeError(f"token_weight must be a bool or float tensor, got {got}")
         if token_weight.shape != student.shape[:-1]:
@@ -231,15 +293,25 @@ def _check(
             raise ValueError("token_weight is not differentiated, but requires grad: detach it")
     if num_items is not None:
         if reduction != "mean":
-            raise ValueError(f"num_items divides under reduction 'mean' only, got reduction {reduction!r}")
-        if not isinstance(num_items, Tensor) and (isinstance(num_items, bool) or not isinstance(num_items, (int, float))):
-            raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
+            raise ValueError(
+                f"num_items divides under reduction 'mean' only, got reduction {reduction!r}"
+            )
+        if not isinstance(num_items, Tensor) and (
+            isinstance(num_items, bool) or not isinstance(num_items, (int, float))
+        ):
+            raise TypeError(
+                f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}"
+            )
         if isinstance(num_items, Tensor) and num_items.dim() != 0:
-            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            raise ValueError(
+                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+            )
         if not isinstance(num_items, Tensor) and num_items < 0:
             raise ValueError(f"num_items must not be negative, got {num_items}")
     if group is not None:
-        raise ValueError("vocabulary shards (group=) are not supported yet: pass whole rows of logits")
+        raise ValueError(
+            "vocabulary shards (group=) are not supported yet: pass whole rows of logits"
+        )
     V_s, V_t = student.shape[-1], teacher.shape[-1]
     if vocab == "strict":
         if V_s != V_t:
@@ -253,7 +325,9 @@ def _check(
     if isinstance(vocab, bool) or not isinstance(vocab, int):
         raise ValueError(f"vocab must be 'strict', 'shared' or a number of entries, got {vocab!r}")
     if not 1 <= vocab <= min(V_s, V_t):
-        raise ValueError(f"vocab must be between 1 and {min(V_s, V_t)} (student {V_s}, teacher {V_t}), got {vocab}")
+        raise ValueError(
+            f"vocab must be between 1 and {min(V_s, V_t)} (student {V_s}, teacher {V_t}), got {vocab}"
+        )
     return vocab
 
 
@@ -262,7 +336,9 @@ def _check_range(labels: Tensor, ignored: Tensor, V: int) -> None:
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         if not inside.all():
             bad = labels[~inside].unique().tolist()
-            raise ValueError(f"labels must be in [0, {V}) or ignore_index, got {bad[:8]}{'…' if len(bad) > 8 else ''}")
+            raise ValueError(
+                f"labels must be in [0, {V}) or ignore_index, got {bad[:8]}{'…' if len(bad) > 8 else ''}"
+            )
     elif labels.device.type in ("cpu", "cuda"):
         torch._assert_async(inside.all(), f"fastkd: labels must be in [0, {V}) or ignore_index")
 
@@ -299,7 +375,9 @@ class _Loss(torch.autograd.Function):
         upstream = upstream.detach()
         if ctx.later:
             student, teacher, labels, weight = ctx.saved_tensors
-            grad = _run(student, teacher, labels, weight * upstream, ctx.settings, True, ctx.inplace)[2]
+            grad = _run(
+                student, teacher, labels, weight * upstream, ctx.settings, True, ctx.inplace
+            )[2]
         else:
             (grad,) = ctx.saved_tensors
             if torch.compiler.is_compiling():
@@ -347,7 +425,9 @@ def _run(student, teacher, labels, weight, settings, wants_grad, inplace):
     if wants_grad and inplace and student.is_contiguous():
         grad = student.detach().view(-1, student.shape[-1])
         divergence = divergences.unpack(name, numbers)
-        value, entropy = _dense(s, t, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad)
+        value, entropy = _dense(
+            s, t, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad
+        )
         torch.autograd.graph.increment_version(student)
         return value, entropy, grad
     return torch.ops.fastkd.dense(
@@ -373,12 +453,16 @@ def _dense_operator(
     """One opaque node for torch.compile."""
     grad = eager.empty_grad(student) if wants_grad else None
     divergence = divergences.unpack(name, numbers)
-    value, entropy = _dense(student, teacher, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad)
+    value, entropy = _dense(
+        student, teacher, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad
+    )
     return value, entropy, student.new_empty(0) if grad is None else grad
 
 
 @_dense_operator.register_fake
-def _(student, teacher, labels, weight, name, numbers, temperature, n, kd_scale, ce_scale, wants_grad):
+def _(
+    student, teacher, labels, weight, name, numbers, temperature, n, kd_scale, ce_scale, wants_grad
+):
     T, V = weight.shape[0], student.shape[2]
     grad = student.new_empty((T, V) if wants_grad else 0)
     return weight.new_empty(T), weight.new_empty(0 if labels is None else T), grad
@@ -399,14 +483,20 @@ def _dense(student, teacher, labels, weight, divergence, temperature, n, kd_scal
 def _uses_triton(x: Tensor) -> bool:
     """FASTKD_BACKEND: "auto" (Triton on GPUs), "triton" or "eager"."""
     choice = os.environ.get("FASTKD_BACKEND", "auto")
-    if choice == "eager" or (choice == "auto" and (x.device.type not in ("cuda", "xpu") or x.dtype == torch.float64)):
+    if choice == "eager" or (
+        choice == "auto" and (x.device.type not in ("cuda", "xpu") or x.dtype == torch.float64)
+    ):
         return False
     if choice not in ("auto", "triton"):
         raise ValueError(f"FASTKD_BACKEND must be auto, triton or eager, got {choice!r}")
     if x.dtype == torch.float64:
-        raise ValueError("the Triton kernels compute in fp32, the logits are float64: use FASTKD_BACKEND=auto or eager")
+        raise ValueError(
+            "the Triton kernels compute in fp32, the logits are float64: use FASTKD_BACKEND=auto or eager"
+        )
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("FASTKD_BACKEND=triton on CPU tensors needs TRITON_INTERPRET=1, set before the first import")
+        raise ValueError(
+            "FASTKD_BACKEND=triton on CPU tensors needs TRITON_INTERPRET=1, set before the first import"
+        )
     try:
         import triton  # noqa: F401
     except ImportError:

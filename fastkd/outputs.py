@@ -1,4 +1,4 @@
-"""What a run writes: the log, checkpoints to go on from, and the model. Nothing appears half-written."""
+"""What a run writes: log, checkpoints and model. Nothing appears half-written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkd.config import InputError
 
 
 class Log:
-    """The lines of `log.jsonl`, also shown above the progress bar; a resumed run drops those after its checkpoint."""
+    """`log.jsonl`, shown above the progress bar too; a resumed run drops what comes after it."""
 
     def __init__(self, path: Path, done: int, bar: tqdm):
         self.path, self.bar, self.rows = path, bar, []
@@ -81,7 +81,7 @@ def save_checkpoint(
     order: dict[str, int],
     limit: int | None,
 ) -> None:
-    """Write `checkpoint-<step>`, with what `from_pretrained` needs too, and drop all but the `limit` newest."""
+    """Write `checkpoint-<step>`, loadable as a model too; drop all but the `limit` newest."""
     partial = output / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)

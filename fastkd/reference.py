@@ -12,7 +12,9 @@ from fastkd import divergences
 from fastkd.divergences import LOG_FLOOR, Divergence
 
 
-def naive(student: Tensor, teacher: Tensor, divergence: str | Divergence, temperature: float) -> Tensor:
+def naive(
+    student: Tensor, teacher: Tensor, divergence: str | Divergence, temperature: float
+) -> Tensor:
     """D(p, q) of (..., V) logits, (...): the definition, and nothing about -inf."""
     return divergences.get(divergence).reference(student, teacher, temperature)
 
@@ -39,7 +41,9 @@ def kd_loss(
     out finite and large here, with the gradient that `fastkd.kd_loss` gives.
     """
     d = divergences.get(divergence)
-    n = {"strict": student.shape[-1], "shared": min(student.shape[-1], teacher.shape[-1])}.get(vocab, vocab)
+    n = {"strict": student.shape[-1], "shared": min(student.shape[-1], teacher.shape[-1])}.get(
+        vocab, vocab
+    )
     weight = torch.ones(student.shape[:-1], dtype=student.dtype, device=student.device)
     if token_weight is not None:
         weight = token_weight.to(student.dtype)

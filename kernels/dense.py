@@ -23,7 +23,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
-DEAD = tl.constexpr(-1e30)  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
+DEAD = tl.constexpr(
+    -1e30
+)  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
 LOG_FLOOR = tl.constexpr(-1e4)  # stands for log 0
 STATS = tl.constexpr(8)  # (maximum, sum) of: student, teacher, student at T = 1, mixed logits
 
@@ -66,8 +68,9 @@ def _mix(x, y, mix_s, mix_t):
 def _meet(stat_ptr, parts, SPLIT, slot, scale):
     """The team's maximum and log2 of its sum; (0, +inf) where no entry is in the support."""
     mask = parts < SPLIT
-    high = tl.load(stat_ptr + parts * STATS + slot, mask=mask, other=NEG_INF)
-    part = tl.load(stat_ptr + parts * STATS + slot + 1, mask=mask, other=0.0)
+    at = stat_ptr + parts * STATS + slot
+    high = tl.load(at, mask=mask, other=NEG_INF, cache_modifier=".cg")  # written by other programs
+    part = tl.load(at + 1, mask=mask, other=0.0, cache_modifier=".cg")
     maximum = tl.max(high, 0)
     maximum = tl.where(maximum == NEG_INF, 0.0, maximum)
     total = tl.sum(part * tl.exp2((high - maximum) * scale), 0)
@@ -197,7 +200,8 @@ def _sweep(
         mz, lz, m1, l1 = zero, zero, zero, zero
         center = zero
         if KIND == "logits":
-            delta = tl.load(stats + parts * STATS + 1, mask=parts < SPLIT, other=0.0)
+            at = stats + parts * STATS + 1
+            delta = tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
             center = a * tl.sum(delta, 0) / n
         else:
             ms, ls = _meet(stats, parts, SPLIT, 0, scale)
@@ -211,13 +215,13 @@ def _sweep(
             else:
                 m1, l1 = ms, ls
             label = tl.load(label_ptr + row).to(tl.int32)
-            if VALUE:  # noqa: SIM102
+            if VALUE:
                 if part == 0:
-                    at_label = tl.load(s_row + label).to(tl.float32)
-                    tl.store(ce_ptr + row, l1 * LN_2 + (m1 - at_label))
+                    tl.store(ce_ptr + row, l1 * LN_2 + (m1 - tl.load(ce_ptr + row)))
         mean = slope_sum
         if not VALUE:
-            mean = tl.sum(tl.load(sums + parts * 2 + 1, mask=parts < SPLIT, other=0.0), 0)
+            at = sums + parts * 2 + 1
+            mean = tl.sum(tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg"), 0)
 
         values, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for k in range(TILES):
@@ -272,8 +276,13 @@ def dense_kernel(
             if i < T:
                 row = _wide(i)
                 if tl.load(weight_ptr + row) != 0.0:
+                    s_row = _row(s_ptr, row, s_len, s_outer, s_inner)
+                    if CE != "none":  # noqa: SIM102
+                        if part == 0:  # now: the gradient may overwrite the student's logits
+                            at_label = tl.load(s_row + tl.load(label_ptr + row))
+                            tl.store(ce_ptr + row, at_label.to(tl.float32))
                     _statistics(
-                        _row(s_ptr, row, s_len, s_outer, s_inner),
+                        s_row,
                         _row(t_ptr, row, t_len, t_outer, t_inner),
                         stat_ptr + (row * SPLIT + part) * STATS,
                         n, V, scale, mix_s, mix_t, part * TILES * BLOCK, KIND, CE, TILES, BLOCK,
@@ -361,7 +370,9 @@ def device_plan(T: int, V: int, student: torch.Tensor, teacher: torch.Tensor) ->
     if student.device.type != "cuda" or torch.version.hip:
         return plan(T, V, row_bytes, warp=64 if torch.version.hip else 32)
     device = torch.cuda.get_device_properties(student.device)
-    return plan(T, V, row_bytes, PROGRAMS_PER_SM * device.multi_processor_count, device.L2_cache_size // 2)
+    return plan(
+        T, V, row_bytes, PROGRAMS_PER_SM * device.multi_processor_count, device.L2_cache_size // 2
+    )
 
 
 PROGRAMS_PER_SM = 2
@@ -410,7 +421,13 @@ def dense(
     else:
         kd_scale = kd_scale / temperature
     mix_s, mix_t = divergence.mixing
-    ce = "none" if not cross_entropy else "shared" if (temperature, n, divergence.kind != "logits") == (1, V, True) else "own"
+    ce = (
+        "none"
+        if not cross_entropy
+        else "shared"
+        if (temperature, n, divergence.kind != "logits") == (1, V, True)
+        else "own"
+    )
     stats = torch.empty((T, p.split, STATS.value), dtype=torch.float32, device=device)
     sums = torch.zeros((T, p.split, 2), dtype=torch.float32, device=device)
     entropy = torch.zeros(T, dtype=torch.float32, device=device) if cross_entropy else None
@@ -445,5 +462,7 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     on_device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         programs = 4 if x.device.type == "cpu" else 2048
-        scale_kernel[(programs,)](x, factor, T, V, factor.stride(0) if factor.dim() else 0, BLOCK=1024)
+        scale_kernel[(programs,)](
+            x, factor, T, V, factor.stride(0) if factor.dim() else 0, BLOCK=2048
+        )
     return x

@@ -31,7 +31,9 @@ def log_mixture(d, w):
     tail = tl.log(1.0 + tl.exp(-tl.abs(x)))
     u = tl.maximum(x, 0.0) + tail + tl.log(w)
     v = tl.maximum(-x, 0.0) + tail + tl.log(1.0 - w)
-    return tl.where(w == 0.0, d, tl.where(w == 1.0, 0.0, u)), tl.where(w == 0.0, 0.0, tl.where(w == 1.0, -d, v))
+    return tl.where(w == 0.0, d, tl.where(w == 1.0, 0.0, u)), tl.where(
+        w == 0.0, 0.0, tl.where(w == 1.0, -d, v)
+    )
 
 
 @triton.jit

@@ -24,7 +24,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 INTEGERS = "n V s_outer s_inner t_outer t_inner T s_len t_len lag step factor_stride".split()
-ALIGNED = "n V s_outer s_inner t_outer t_inner".split()  # rows of a multiple of 16 entries, as Triton specialises them
+ALIGNED = (
+    "n V s_outer s_inner t_outer t_inner".split()
+)  # rows of a multiple of 16 entries, as Triton specialises them
 
 
 def compile_kernel(kernel, target, types, constants, **options):
@@ -57,7 +59,9 @@ def dense_variants(target):
                 INFINITE_Q=divergence.infinite_q, MEAN=divergence.slope_sum is None, CE=ce, GRAD=True, PHASES=7,
                 SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split), TILES=p.tiles, BLOCK=p.block,
             )  # fmt: skip
-            options = dict(num_warps=p.warps) | (dict(maxnreg=kernels.MAX_REGISTERS) if cuda else {})
+            options = dict(num_warps=p.warps) | (
+                dict(maxnreg=kernels.MAX_REGISTERS) if cuda else {}
+            )
             name = f"{divergence} split={p.split} ce={ce}"
             yield name, compile_kernel(kernels.dense_kernel, target, types, constants, **options)
 
@@ -72,8 +76,12 @@ def report(name, compiled, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return dict(name=name, registers=int(numbers["REG"]), local=int(numbers["LOCAL"]) + int(numbers["STACK"]),
                 spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), wide_loads=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", sass)))  # fmt: skip
@@ -84,6 +92,10 @@ if __name__ == "__main__":
     for name, compiled in dense_variants(target):
         print(json.dumps(report(name, compiled, target)), flush=True)
     scale = compile_kernel(
-        kernels.scale_kernel, target, dict(x_ptr="*bf16", factor_ptr="*fp32"), dict(BLOCK=1024), num_warps=4
+        kernels.scale_kernel,
+        target,
+        dict(x_ptr="*bf16", factor_ptr="*fp32"),
+        dict(BLOCK=2048),
+        num_warps=256 // target.warp_size,
     )
     print(json.dumps(report("scale", scale, target)), flush=True)

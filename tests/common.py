@@ -62,13 +62,21 @@ def value_and_grad(loss, student, teacher, *args, **settings):
 def assert_as_exact_as_torch(student, teacher, labels=None, factor=2.0, **settings):
     """Our error against float64 is at most `factor` times plain torch's in fp32, plus a few roundings of its terms: probabilities,
     averaged."""
-    truth = value_and_grad(reference.kd_loss, student.double(), teacher.double(), labels, **settings)
+    truth = value_and_grad(
+        reference.kd_loss, student.double(), teacher.double(), labels, **settings
+    )
     plain = value_and_grad(reference.kd_loss, student.float(), teacher.float(), labels, **settings)
     plain = plain[0], plain[1].to(student.dtype).double()
     ours = value_and_grad(kd_loss, student, teacher, labels, **settings)
-    for name, dtype, o, p, t in zip(("value", "grad"), (torch.float32, student.dtype), ours, plain, truth, strict=True):
+    for name, dtype, o, p, t in zip(
+        ("value", "grad"), (torch.float32, student.dtype), ours, plain, truth, strict=True
+    ):
         assert o.shape == t.shape and o.isfinite().all(), name
-        rounding = 4 * torch.finfo(torch.float32).eps * max(t.abs().max().item(), 1 / student[..., 0].numel())
+        rounding = (
+            4
+            * torch.finfo(torch.float32).eps
+            * max(t.abs().max().item(), 1 / student[..., 0].numel())
+        )
         rounding += (dtype != torch.float32) * torch.finfo(dtype).eps * t.abs().max().item()
         if dtype == torch.float16:
             rounding += 2.0**-24  # its smallest step

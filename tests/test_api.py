@@ -40,7 +40,12 @@ Y = torch.randint(30, (2, 5), device=DEVICE)
         (TypeError, ["divergence", "int"], (S, T), {"divergence": 3}),
         (ValueError, ["V > 0", "(2, 5, 0)"], (S[..., :0], T[..., :0]), {}),
         (ValueError, ["reduction", "batchmean"], (S, T), {"reduction": "batchmean"}),
-        (ValueError, ["token_weight", "(2, 4)"], (S, T), {"token_weight": torch.ones(2, 4, device=DEVICE)}),
+        (
+            ValueError,
+            ["token_weight", "(2, 4)"],
+            (S, T),
+            {"token_weight": torch.ones(2, 4, device=DEVICE)},
+        ),
         (TypeError, ["token_weight", "int64"], (S, T), {"token_weight": Y}),
         (ValueError, ["vocab", "31"], (S, T), {"vocab": 31}),
         (ValueError, ["vocab", "padded"], (S, T), {"vocab": "padded"}),
@@ -58,7 +63,10 @@ def test_bad_input(kind, words, args, options):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-@pytest.mark.parametrize("make", [lambda: Renyi(1.0), lambda: Renyi(-2), lambda: fastkd.JSD(0.0), lambda: fastkd.TAID(1.1)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Renyi(1.0), lambda: Renyi(-2), lambda: fastkd.JSD(0.0), lambda: fastkd.TAID(1.1)],
+)
 def test_bad_numbers(make):
     with pytest.raises(ValueError, match="got"):
         make()
@@ -181,7 +189,9 @@ def test_same_bits_every_time(backend):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_without_graph_break(inplace, backend):
     def step(x, t, y):
-        parts = kd_loss(x * 2, t, y, divergence="jsd", alpha=0.5, shift=True, return_parts=True, inplace=inplace)
+        parts = kd_loss(
+            x * 2, t, y, divergence="jsd", alpha=0.5, shift=True, return_parts=True, inplace=inplace
+        )
         return parts.loss * 3
 
     expected = value_and_grad(step, S, T, Y)
@@ -195,7 +205,9 @@ def test_shapes_and_strides(backend):
     options = dict(reduction="none", temperature=2.0)
     whole = kd_loss(student, teacher, **options)
     assert whole.shape == (3, 4, 9)
-    torch.testing.assert_close(kd_loss(student[0, 0, 0], teacher[0, 0, 0], **options), whole[0, 0, 0])
+    torch.testing.assert_close(
+        kd_loss(student[0, 0, 0], teacher[0, 0, 0], **options), whole[0, 0, 0]
+    )
     student, teacher, whole = student[0], teacher[0], whole[0]
     cases = {
         "sliced": lambda x: x[:, 1:],
@@ -208,8 +220,12 @@ def test_shapes_and_strides(backend):
     for name, view in cases.items():
         expected = view(whole[..., None])[..., 0] if name != "padded" else whole
         expected = whole[:1].expand(4, -1) if name == "expanded" else expected
-        torch.testing.assert_close(kd_loss(view(student), view(teacher), **options), expected, msg=name)
-        torch.testing.assert_close(kd_loss(view(student), view(teacher).contiguous(), **options), expected, msg=name)
+        torch.testing.assert_close(
+            kd_loss(view(student), view(teacher), **options), expected, msg=name
+        )
+        torch.testing.assert_close(
+            kd_loss(view(student), view(teacher).contiguous(), **options), expected, msg=name
+        )
     assert_as_exact_as_torch(student[:, 1:], teacher[:, :-1], temperature=2.0)
     assert _as_rows(student[:, 1:]).data_ptr() == student[:, 1:].data_ptr()
     assert kd_loss(student[:, 1:].requires_grad_(), teacher[:, 1:]).requires_grad

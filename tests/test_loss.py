@@ -34,7 +34,9 @@ def test_gradient_is_the_derivative(divergence, temperature, alpha):
     if isinstance(divergence, TAID):  # its target is not differentiated: hold it
         t = divergence.t
         fixed, teacher = fastkd.ForwardKL(), (1 - t) * student + t * teacher
-        moving = value_and_grad(kd_loss, student, logits(2, 4, 7)[1].double().cpu(), divergence=divergence)
+        moving = value_and_grad(
+            kd_loss, student, logits(2, 4, 7)[1].double().cpu(), divergence=divergence
+        )
         held = value_and_grad(kd_loss, student, teacher, divergence=fixed)
         torch.testing.assert_close(moving, held)
     options = dict(divergence=fixed, temperature=temperature, alpha=alpha)
@@ -46,9 +48,17 @@ def test_gradient_is_the_derivative(divergence, temperature, alpha):
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_as_exact_as_torch(divergence, dtype, backend):
-    for V, temperature, alpha in ((1, 1.0, 0.5), (2, 2.5, 0.5), (7, 1.0, 1.0), (300, 2.0, 0.7), (4097, 1.0, 0.5)):
+    for V, temperature, alpha in (
+        (1, 1.0, 0.5),
+        (2, 2.5, 0.5),
+        (7, 1.0, 1.0),
+        (300, 2.0, 0.7),
+        (4097, 1.0, 0.5),
+    ):
         student, teacher = logits(3, V, dtype=dtype, seed=V)
-        options = dict(divergence=divergence, temperature=temperature, alpha=alpha, reduction="none")
+        options = dict(
+            divergence=divergence, temperature=temperature, alpha=alpha, reduction="none"
+        )
         assert_as_exact_as_torch(student, teacher, labels_of(3, V=V), **options)
 
 
@@ -56,7 +66,9 @@ def test_as_exact_as_torch(divergence, dtype, backend):
 def test_large_vocabulary(name, backend):
     """More blocks than a power of two, and more than one row in a block of the eager path."""
     student, teacher = logits(2, 3, 32_000)
-    assert_as_exact_as_torch(student, teacher, labels_of(2, 3, V=32_000), divergence=name, temperature=2.0, alpha=0.7)
+    assert_as_exact_as_torch(
+        student, teacher, labels_of(2, 3, V=32_000), divergence=name, temperature=2.0, alpha=0.7
+    )
 
 
 def test_teacher_of_another_dtype(backend):
@@ -72,7 +84,9 @@ def test_teacher_of_another_dtype(backend):
 def test_zero_at_equality_and_never_negative(divergence, backend):
     student, _ = logits(6, 500)
     if not isinstance(divergence, TAID):
-        value, grad = value_and_grad(kd_loss, student, student, divergence=divergence, reduction="none")
+        value, grad = value_and_grad(
+            kd_loss, student, student, divergence=divergence, reduction="none"
+        )
         assert (value < 1e-12).all() and grad.abs().max() < 1e-6
     for step in (1e-5, 1e-3, 1e-1, 10.0):
         near = student + step * torch.randn_like(student)
@@ -88,7 +102,9 @@ def test_adding_a_constant_to_either_side_changes_nothing(divergence, backend):
     if divergence.name == "logit_mse" and not divergence.centered:
         pytest.skip("compares logits, not distributions")
     student, teacher = logits(4, 300)
-    student, teacher = (x.mul(64).round().div(64) for x in (student, teacher))  # the sums below are exact
+    student, teacher = (
+        x.mul(64).round().div(64) for x in (student, teacher)
+    )  # the sums below are exact
     options = dict(divergence=divergence, temperature=2.0, reduction="none")
     value, grad = value_and_grad(kd_loss, student, teacher, **options)
     for a, b in ((3000, 0), (0, -3000), (3000, 3000)):
@@ -96,7 +112,9 @@ def test_adding_a_constant_to_either_side_changes_nothing(divergence, backend):
         # Mixed and centered logits are sums, rounded at 3000 to about 1e-4; the rest does not notice.
         exact = divergence.kind == "probabilities"
         torch.testing.assert_close(other, value, rtol=1e-5 if exact else 1e-3, atol=1e-7)
-        torch.testing.assert_close(other_grad, grad, rtol=1e-4 if exact else 1e-2, atol=1e-7 if exact else 1e-5)
+        torch.testing.assert_close(
+            other_grad, grad, rtol=1e-4 if exact else 1e-2, atol=1e-7 if exact else 1e-5
+        )
 
 
 @every_divergence
@@ -105,7 +123,9 @@ def test_small_divergences_do_not_cancel(divergence, offset, backend):
     """A student within 0.01 of the teacher at V = 151,936: plain torch is off by percents."""
     student, _ = logits(2, 151_936, spread=1.0)
     student = student.mul(4096).round().div(4096)
-    noise = (torch.randn(student.shape, generator=torch.Generator().manual_seed(1)) * 0.01).to(DEVICE)
+    noise = (torch.randn(student.shape, generator=torch.Generator().manual_seed(1)) * 0.01).to(
+        DEVICE
+    )
     teacher = student + noise.mul(4096).round().div(4096)
     student = student + offset
     if divergence.name == "logit_mse":
@@ -140,7 +160,9 @@ def test_limits(backend):
     assert bounded[0] <= math.log(2) and bounded[1] <= 1 and bounded[2] <= 1
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     V=st.integers(1, 70),
     rows=st.integers(1, 5),
@@ -156,8 +178,12 @@ def test_sweep(backend, V, rows, cut, temperature, alpha, spread, index, seed):
     from common import DIVERGENCES
 
     student, teacher = logits(rows, V + cut, seed=seed, spread=spread)
-    options = dict(divergence=DIVERGENCES[index], temperature=temperature, alpha=alpha, vocab="shared")
-    assert_as_exact_as_torch(student, teacher[:, :V], labels_of(rows, V=V + cut, seed=seed), factor=4, **options)
+    options = dict(
+        divergence=DIVERGENCES[index], temperature=temperature, alpha=alpha, vocab="shared"
+    )
+    assert_as_exact_as_torch(
+        student, teacher[:, :V], labels_of(rows, V=V + cut, seed=seed), factor=4, **options
+    )
 
 
 # --- Hostile numbers --------------------------------------------------------------------------------------------------
@@ -182,7 +208,11 @@ def test_dead_entries(divergence, dead, where, backend):
         return
     assert (value == INF).all() if outside else value.isfinite().all()
     true_value, true_grad = value_and_grad(
-        reference.kd_loss, student.double(), teacher.double(), divergence=divergence, reduction="none"
+        reference.kd_loss,
+        student.double(),
+        teacher.double(),
+        divergence=divergence,
+        reduction="none",
     )
     if not outside:
         torch.testing.assert_close(value, true_value, rtol=1e-5, atol=1e-7)
@@ -199,10 +229,14 @@ def test_extreme_logits(divergence, backend):
     student[2, 3], teacher[2, 3] = -1e4, 1e4
     teacher[3] = -teacher[3] * 100
     if isinstance(divergence, fastkd.AlphaBeta) and divergence.beta < 0:
-        value, grad = value_and_grad(kd_loss, student, teacher, divergence=divergence, reduction="none")
+        value, grad = value_and_grad(
+            kd_loss, student, teacher, divergence=divergence, reduction="none"
+        )
         assert (value > 0).all() and not grad.isnan().any()  # saturates where q^beta overflows
         return
-    assert_as_exact_as_torch(student, teacher, divergence=divergence, reduction="none", temperature=2.0)
+    assert_as_exact_as_torch(
+        student, teacher, divergence=divergence, reduction="none", temperature=2.0
+    )
 
 
 def test_rows_without_support(backend):
@@ -245,9 +279,16 @@ def test_masked_rows(backend):
     student, teacher = logits(2, 6, 50)
     labels = labels_of(2, 6, V=50)
     weight = torch.rand(2, 6, device=DEVICE)
-    for options in (dict(), dict(token_weight=weight), dict(token_weight=weight > 0.5), dict(shift=True, token_weight=weight)):
+    for options in (
+        dict(),
+        dict(token_weight=weight),
+        dict(token_weight=weight > 0.5),
+        dict(shift=True, token_weight=weight),
+    ):
         for reduction in ("mean", "sum", "none"):
-            assert_as_exact_as_torch(student, teacher, labels, alpha=0.3, temperature=2.0, reduction=reduction, **options)
+            assert_as_exact_as_torch(
+                student, teacher, labels, alpha=0.3, temperature=2.0, reduction=reduction, **options
+            )
     value, grad = value_and_grad(kd_loss, student, teacher, labels, alpha=0.3)
     assert (grad[labels == -100] == 0).all() and (grad[labels != -100] != 0).any(-1).all()
 
@@ -259,7 +300,9 @@ def test_nothing_counts(reduction, backend):
     labels = torch.full((2, 3), -100, device=DEVICE)
     value, grad = value_and_grad(kd_loss, student, teacher, labels, alpha=0.5, reduction=reduction)
     assert (value == 0).all() and (grad == 0).all()
-    value, grad = value_and_grad(kd_loss, student[:, :0], teacher[:, :0], labels[:, :0], alpha=0.5, reduction=reduction)
+    value, grad = value_and_grad(
+        kd_loss, student[:, :0], teacher[:, :0], labels[:, :0], alpha=0.5, reduction=reduction
+    )
     assert value.sum() == 0 and grad.shape == (2, 0, 50)
     assert value.shape == ((2, 0) if reduction == "none" else ())
 
@@ -273,7 +316,14 @@ def test_gradient_accumulation_is_exact(backend):
     options = dict(alpha=0.5, temperature=2.0)
     value, grad = value_and_grad(kd_loss, student, teacher, labels, **options)
     parts = [
-        value_and_grad(kd_loss, student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], num_items=n, **options)
+        value_and_grad(
+            kd_loss,
+            student[i : i + 1],
+            teacher[i : i + 1],
+            labels[i : i + 1],
+            num_items=n,
+            **options,
+        )
         for i, n in zip(range(4), (count, count, int(count), int(count)), strict=True)
     ]
     torch.testing.assert_close(sum(p[0] for p in parts), value, rtol=1e-6, atol=0)
@@ -285,7 +335,11 @@ def test_cut_vocabulary(backend):
     student, teacher = logits(4, 60)
     labels = labels_of(4, V=60)
     labels[1] = 59
-    for s, t, vocab in ((student, teacher[:, :50], "shared"), (student[:, :50], teacher, "shared"), (student, teacher, 31)):
+    for s, t, vocab in (
+        (student, teacher[:, :50], "shared"),
+        (student[:, :50], teacher, "shared"),
+        (student, teacher, 31),
+    ):
         inside = labels.clamp(max=s.shape[-1] - 1)
         assert_as_exact_as_torch(s, t, inside, vocab=vocab, temperature=2.0, alpha=0.5)
         assert_as_exact_as_torch(s, t, inside, vocab=vocab, alpha=0.5, divergence="logit_mse")
@@ -296,7 +350,9 @@ def test_cut_vocabulary(backend):
 def test_compensation(backend):
     student, teacher = logits(4, 60)
     for name, c in (("forward_kl", 9.0), ("tvd", 3.0), ("logit_mse", 1.0)):
-        plain = value_and_grad(kd_loss, student, teacher, divergence=name, temperature=3.0, compensate=False)
+        plain = value_and_grad(
+            kd_loss, student, teacher, divergence=name, temperature=3.0, compensate=False
+        )
         scaled = value_and_grad(kd_loss, student, teacher, divergence=name, temperature=3.0)
         torch.testing.assert_close(scaled, (plain[0] * c, plain[1] * c), rtol=1e-6, atol=1e-9)
 
@@ -308,7 +364,9 @@ def test_parts(backend):
     parts = kd_loss(student.requires_grad_(), teacher, labels, **options)
     assert parts.n_tokens == (labels != -100).sum()
     torch.testing.assert_close(parts.loss, 0.3 * 4 * parts.divergence + 0.7 * parts.cross_entropy)
-    torch.testing.assert_close(parts.cross_entropy, F.cross_entropy(student.flatten(0, 1), labels.flatten()).detach())
+    torch.testing.assert_close(
+        parts.cross_entropy, F.cross_entropy(student.flatten(0, 1), labels.flatten()).detach()
+    )
     assert not parts.divergence.requires_grad and parts.loss.requires_grad
     with_labels = kd_loss(student, teacher, labels, return_parts=True)
     assert with_labels.cross_entropy is not None
@@ -325,5 +383,7 @@ def test_own_divergence(backend):
 
     student, teacher = logits(4, 300, spread=0.5)
     assert_as_exact_as_torch(student, teacher, divergence="pearson_chi2", temperature=2.0)
-    assert_as_exact_as_torch(student, teacher, labels_of(4, V=300), divergence=PearsonChi2(), alpha=0.5)
+    assert_as_exact_as_torch(
+        student, teacher, labels_of(4, V=300), divergence=PearsonChi2(), alpha=0.5
+    )
     assert dataclasses.is_dataclass(PearsonChi2)

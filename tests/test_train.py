@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastkd import demo
+from fastkd import cli, demo
 from fastkd.cli import main, parse
 from fastkd.config import DistillConfig, InputError
 from fastkd.data import Collator, eval_batches
@@ -34,16 +34,19 @@ WORDS = 60
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator(monkeypatch):
+def fresh_process(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for each other's threads
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_model(folder, seed, words=WORDS, size=None, scale=1.0, dropout=0.0):
     vocabulary = {f"w{i}": i for i in range(words)} | {"<end>": words}
-    inner = Tokenizer(models.WordLevel(vocabulary))
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<end>", pad_token="<end>"
@@ -413,6 +416,12 @@ def test_command_line_errors_are_one_line(settings, tmp_path, capsys):
         with pytest.raises(SystemExit) as done:
             main(argv)
         assert done.value.code == 2
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "datasets" else name)
+    assert main(["distill", "--student", "x"]) == 2
+    assert "needs datasets: pip install 'fastkd[train]'" in capsys.readouterr().err
 
 
 def test_help_names_every_setting(capsys):

@@ -11,11 +11,44 @@ from pathlib import Path
 
 # Whole modules and packages, none of which is used for training or for the tokenizer.
 HELD_OUT = frozenset(
-    ["argparse", "ast", "calendar", "concurrent", "dataclasses", "doctest", "fractions", "heapq", "imaplib", "json"]
-    + ["logging", "pathlib", "pprint", "queue", "shutil", "statistics", "tarfile", "textwrap", "uuid", "zipfile"]
+    [
+        "argparse",
+        "ast",
+        "calendar",
+        "concurrent",
+        "dataclasses",
+        "doctest",
+        "fractions",
+        "heapq",
+        "imaplib",
+        "json",
+    ]
+    + [
+        "logging",
+        "pathlib",
+        "pprint",
+        "queue",
+        "shutil",
+        "statistics",
+        "tarfile",
+        "textwrap",
+        "uuid",
+        "zipfile",
+    ]
 )
 # Tests are not shipped by every distribution; code tables and generated parsers are not prose or code by hand.
-SKIPPED = frozenset(["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3"])
+SKIPPED = frozenset(
+    [
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "encodings",
+        "lib2to3",
+    ]
+)
 
 
 def stdlib_files(held_out: bool) -> list[Path]:

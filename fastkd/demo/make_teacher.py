@@ -12,7 +12,12 @@ import math
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 from fastkd.demo.corpus import stdlib_texts
 
@@ -25,9 +30,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END
+    )
 
 
 def tokens(tokenizer, texts: list[str]) -> torch.Tensor:
@@ -69,7 +78,9 @@ def main() -> None:
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, args.steps)
     generator = torch.Generator().manual_seed(0)
     bar = trange(args.steps, mininterval=10)
@@ -83,7 +94,10 @@ def main() -> None:
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % 500 == 0:
-            print(f"\nstep {step + 1}: held-out perplexity {perplexity(model, held_out, args.length):.1f}", flush=True)
+            print(
+                f"\nstep {step + 1}: held-out perplexity {perplexity(model, held_out, args.length):.1f}",
+                flush=True,
+            )
             model.save_pretrained(args.output)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

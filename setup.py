@@ -10,8 +10,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # kernels/ stays on top of the repository and is imported as fastkd.kernels (fastkd/kernels is a link to it): the
-    # import name `kernels` belongs to another package.
+    # kernels/ stays on top of the repository and is imported as fastkd.kernels (fastkd/kernels is a
+    # link to it): the import name `kernels` belongs to another package.
     packages=["fastkd", "fastkd.demo", "fastkd.kernels"],
     package_dir={"fastkd.kernels": "kernels"},
     package_data={"fastkd": ["py.typed"], "fastkd.demo": ["teacher/*"]},

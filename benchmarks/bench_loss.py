@@ -1,9 +1,11 @@
-"""Loss and gradient of dense logits, fastkd beside naive PyTorch, torch.compile and the peers, in one run.
+"""Loss and gradient of dense logits, fastkd beside naive PyTorch, torch.compile and the peers, in
+one run.
 
     pytest benchmarks/bench_loss.py --benchmark-json=benchmarks/results/cpu.json
 
-`extra_info` holds what the README shows: shape, memory beyond logits and gradient, and the floor: the bytes that must be
-moved (each logit read once, each gradient written once) over the measured copy bandwidth.
+`extra_info` holds what the README shows: shape, memory beyond logits and gradient, and the floor:
+the bytes that must be moved (each logit read once, each gradient written once) over the measured
+copy bandwidth.
 """
 
 import time
@@ -162,7 +164,8 @@ def bench_forward_kl(benchmark, V, provider):
 
 @pytest.mark.parametrize("provider", ["naive", "fastkd"])
 def bench_near(benchmark, provider):
-    """A student so near its teacher that every row is summed a second time, without cancellation (CPU)."""
+    """A student so near its teacher that every row is summed a second time, without cancellation
+    (CPU)."""
     measure(benchmark, provider, divergences.get("forward_kl"), 151_936, distance=0.05)
 
 

@@ -1,4 +1,5 @@
-"""The README's tables, from saved results: `python benchmarks/table.py` writes them between the markers in README.md."""
+"""The README's tables, from saved results: `python benchmarks/table.py` writes them between the
+markers in README.md."""
 
 from __future__ import annotations
 

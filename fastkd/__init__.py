@@ -1,4 +1,5 @@
-"""fastkd: knowledge-distillation losses over huge vocabularies, fused and chunked, without probability tensors."""
+"""fastkd: knowledge-distillation losses over huge vocabularies, fused and chunked, without
+probability tensors."""
 
 from fastkd.divergences import (
     JSD,

@@ -1,20 +1,25 @@
 """The divergences: what each one is, and how it is computed.
 
-p = softmax(teacher / T) and q = softmax(student / T). `teacher_weight` w always means the mixture m = w p + (1 - w) q.
+p = softmax(teacher / T) and q = softmax(student / T). `teacher_weight` w always means the mixture m
+= w p + (1 - w) q.
 
 Every divergence is a frozen dataclass of numbers with
 
-    formula      the definition in plain torch, differentiable: the truth in tests, the baseline in benchmarks;
+    formula      the definition in plain torch, differentiable: the truth in tests, the baseline in
+    benchmarks;
     term         value and slope in torch, without cancellation or NaN: the eager backend;
     triton_term  the same for one vocabulary entry as a Triton function: the fused kernel.
 
-The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a multiple of q: ∂D/∂z_v = (s_v - q_v Σ s) / T.
+The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a multiple of q: ∂D/∂z_v = (s_v
+- q_v Σ s) / T.
 
-Your own divergence is a subclass; it gets the fused kernel, `divergence="its name"` and everything else. Pearson's
-χ² = Σ (p - q)²/q = Σ q (p/q - 1)², which has ∂/∂q = 1 - (p/q)² and so, up to a multiple of q, the slope -p²/q:
+Your own divergence is a subclass; it gets the fused kernel, `divergence="its name"` and everything
+else. Pearson's χ² = Σ (p - q)²/q = Σ q (p/q - 1)², which has ∂/∂q = 1 - (p/q)² and so, up to a
+multiple of q, the slope -p²/q:
 
     @triton.jit
-    def chi2_term(log_p, log_q, p, q, a, b):            # a, b: the dataclass's first two numbers, or 0
+    def chi2_term(log_p, log_q, p, q, a, b):            # a, b: the dataclass's first two numbers,
+    or 0
         ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
         return q * (ratio - 1) * (ratio - 1), -p * ratio
 
@@ -48,24 +53,17 @@ CANCELS = 1e-2  # a divergence below this is summed again, from terms that are n
 def kl(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """KL(p‖q) along the last dimension, with d = log(q/p).
 
-    Σ (q - p - p d) has an error of about 1e-7: all one needs of a large divergence. A small one is summed again from
-    p (e^d - 1 - d) ≥ 0. Elsewhere than on the CPU choosing would cost a device sync.
+    Σ (q - p - p d) has an error of about 1e-7: all one needs of a large divergence. A small one is
+    summed again from p (e^d - 1 - d) ≥ 0. Elsewhere than on the CPU choosing would cost a device
+    sync.
     """
     if p.device.type != "cpu":
         return _kl_without_cancellation(p, q, d)
-    value = q.sum(-1) - p.sum(-1) - dot(p, d)
-    for row in (
-        (value < CANCELS).nonzero().flatten().tolist()
-    ):  # row by row: the temporaries stay small
-        value[row] = _kl_without_cancellation(p[row], q[row], d[row])
+    value = q.sum(-1) - p.sum(-1) - (p * d).sum(-1)
+    small = value < CANCELS
+    if small.any():
+        value[small] = _kl_without_cancellation(p[small], q[small], d[small])
     return value
-
-
-def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Σ x y of every row, of long rows without a temporary."""
-    if x.shape[-1] < 4096 or x.device.type != "cpu":
-        return (x * y).sum(-1)
-    return torch.stack([torch.dot(*row) for row in zip(x, y, strict=True)])
 
 
 def _kl_without_cancellation(p, q, d):
@@ -76,8 +74,8 @@ def _kl_without_cancellation(p, q, d):
 def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:
     """log(m/p) and log(m/q) of m = w p + (1 - w) q, 0 < w < 1, with d = log(q/p).
 
-    Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and neither is a difference of
-    the other and d, which would lose its digits where |d| is large.
+    Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and
+    neither is a difference of the other and d, which would lose its digits where |d| is large.
     """
     x = d + math.log((1 - w) / w)
     softplus = F.softplus(x, threshold=40)
@@ -98,10 +96,13 @@ class Divergence:
 
     Attributes:
         name: what `kd_loss(divergence=…)` calls it.
-        slope_sum: Σ slope where it is the same for all inputs: saves the kernel a pass over the vocabulary.
-        kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t + mix_student z_s) / T,
-            detached, and have gradient q - r; "logits": the kernel's own mean squared difference.
-        infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes log 0 = -10,000.
+        slope_sum: Σ slope where it is the same for all inputs: saves the kernel a pass over the
+        vocabulary.
+        kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t +
+            mix_student z_s) / T, detached, and have gradient q - r; "logits": the kernel's own mean
+            squared difference.
+        infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes
+        log 0 = -10,000.
     """
 
     name: ClassVar[str] = ""
@@ -146,7 +147,8 @@ class Divergence:
         return self.formula(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
 
     def term(self, log_p, log_q, p, q):
-        """(rows, V) tensors to the rows' values and the (rows, V) slopes. All but q may be overwritten."""
+        """(rows, V) tensors to the rows' values and the (rows, V) slopes. All but q may be
+        overwritten."""
         raise TypeError(f"{type(self).__name__} has no torch term")
 
     def triton_term(self):
@@ -179,7 +181,8 @@ def _log_m(log_p, log_q, w):
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """KL(p‖q) = Σ p log(p/q). Gradient (q - p)/T. Hinton, Vinyals, Dean: Distilling the Knowledge (2015)."""
+    """KL(p‖q) = Σ p log(p/q). Gradient (q - p)/T. Hinton, Vinyals, Dean: Distilling the Knowledge
+    (2015)."""
 
     name = "forward_kl"
     slope_sum = -1.0
@@ -244,7 +247,8 @@ class SkewForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(q‖m), m = w p + (1 - w) q, 0 < w ≤ 1; m is not detached. Ko et al.: DistiLLM (2024), whose 0.1 is 1 - w."""
+    """KL(q‖m), m = w p + (1 - w) q, 0 < w ≤ 1; m is not detached. Ko et al.: DistiLLM (2024), whose
+    0.1 is 1 - w."""
 
     teacher_weight: float = 0.9
     name = "skew_reverse_kl"
@@ -277,7 +281,8 @@ class SkewReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class JSD(Divergence):
-    """w KL(p‖m) + (1 - w) KL(q‖m), 0 < w < 1. Agarwal et al.: On-policy distillation, GKD (2023), whose beta is w."""
+    """w KL(p‖m) + (1 - w) KL(q‖m), 0 < w < 1. Agarwal et al.: On-policy distillation, GKD (2023),
+    whose beta is w."""
 
     teacher_weight: float = 0.5
     name = "jsd"
@@ -334,7 +339,8 @@ class Jeffreys(Divergence):
 
 @dataclass(frozen=True)
 class TVD(Divergence):
-    """Total variation ½ Σ|p - q|; c(T) = T. Wen et al.: f-divergence minimisation for sequence distillation (2023)."""
+    """Total variation ½ Σ|p - q|; c(T) = T. Wen et al.: f-divergence minimisation for sequence
+    distillation (2023)."""
 
     name = "tvd"
 
@@ -364,7 +370,7 @@ class Hellinger(Divergence):
     def term(self, log_p, log_q, p, q):
         root_p, root_q = p.sqrt_(), torch.sqrt(q, out=log_q)
         difference = torch.sub(root_q, root_p, out=log_p)
-        return dot(difference, difference) / 2, root_p.mul_(root_q).mul_(-0.5)
+        return difference.square().sum(-1) / 2, root_p.mul_(root_q).mul_(-0.5)
 
     def triton_term(self):
         return _terms().hellinger
@@ -372,7 +378,8 @@ class Hellinger(Divergence):
 
 @dataclass(frozen=True)
 class Renyi(Divergence):
-    """1/(a - 1) log Σ p^a q^(1-a), order a > 0, a ≠ 1. Gradient (q - r)/T with r ∝ p^a q^(1-a). Rényi (1961)."""
+    """1/(a - 1) log Σ p^a q^(1-a), order a > 0, a ≠ 1. Gradient (q - r)/T with r ∝ p^a q^(1-a).
+    Rényi (1961)."""
 
     order: float
     name = "renyi"
@@ -410,7 +417,8 @@ class Renyi(Divergence):
 class AlphaBeta(Divergence):
     """-1/(αβ) Σ [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)]; α, β, α+β ≠ 0.
 
-    Forward KL is the limit (1, 0), reverse KL (0, 1). Wang et al.: ABKD (2025); Cichocki, Cruces, Amari (2011).
+    Forward KL is the limit (1, 0), reverse KL (0, 1). Wang et al.: ABKD (2025); Cichocki, Cruces,
+    Amari (2011).
     """
 
     alpha: float
@@ -447,7 +455,8 @@ class AlphaBeta(Divergence):
         p_s, q_s = _power(s * log_p), _power(s * log_q)
         far = (a / s * p_s + b / s * q_s - cross).div_(a * b)
         value = far.sum(-1)
-        # As in `kl`: where the terms cancel, p^s ((β/s) k(s d) - k(β d)) / (αβ) with k(x) = e^x - 1 - x.
+        # As in `kl`: where the terms cancel, p^s ((β/s) k(s d) - k(β d)) / (αβ) with k(x) = e^x - 1
+        # - x.
         cancels = value < CANCELS * p_s.sum(-1)
         if value.device.type != "cpu" or cancels.any():
             d = (log_q - log_p)[cancels]
@@ -470,7 +479,8 @@ def _expm1_minus(x):
 
 @dataclass(frozen=True)
 class TAID(Divergence):
-    """KL(r‖q), r = softmax(((1 - t) stopgrad(z_s) + t z_t) / T), 0 ≤ t ≤ 1. Shing et al.: TAID (2025).
+    """KL(r‖q), r = softmax(((1 - t) stopgrad(z_s) + t z_t) / T), 0 ≤ t ≤ 1. Shing et al.: TAID
+    (2025).
 
     The caller moves t from near 0 to 1 during training.
     """
@@ -506,7 +516,8 @@ class TAID(Divergence):
 
 @dataclass(frozen=True)
 class LogitMSE(Divergence):
-    """Mean over the vocabulary of (z_s - z_t)²; `centered` subtracts each side's mean first. No temperature, c = 1.
+    """Mean over the vocabulary of (z_s - z_t)²; `centered` subtracts each side's mean first. No
+    temperature, c = 1.
 
     Kim et al.: Comparing KL divergence and mean squared error in distillation (2021).
     """
@@ -549,7 +560,8 @@ def get(divergence: str | Divergence) -> Divergence:
 
 
 def pack(divergence: Divergence) -> tuple[str, list[float]]:
-    """(name, numbers): how a divergence goes through a custom operator. `unpack` is the way back."""
+    """(name, numbers): how a divergence goes through a custom operator. `unpack` is the way
+    back."""
     return divergence.name, [float(x) for x in astuple(divergence)]
 
 

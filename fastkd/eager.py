@@ -1,7 +1,8 @@
 """The row-blocked torch path: CPU, float64, and any device without Triton.
 
-Naive PyTorch spends its time in page faults (each step makes a new (T, V) tensor) and repeated exponentials. Here rows go
-through in blocks that stay in the cache, with one exponential per side and entry, in base 2: the fastest one torch has.
+Naive PyTorch spends its time in page faults (each step makes a new (T, V) tensor) and repeated
+exponentials. Here rows go through in blocks that stay in the cache, with one exponential per side
+and entry, in base 2: the fastest one torch has.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastkd.divergences import LOG_FLOOR, Divergence, dot
+from fastkd.divergences import LOG_FLOOR, Divergence
 
 LN_2 = math.log(2)
 DEAD = -1e30  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
@@ -48,7 +49,8 @@ def dense(
         labels: (T,) integers, or None without cross-entropy.
         weight: (T,); rows of weight 0 count nowhere and have gradient 0.
         temperature: of the divergence. n: entries that the divergence sees, the first of each row.
-        kd_scale, ce_scale: factors of the two gradients wrt the student's logits, besides the row's weight and 1/T.
+        kd_scale, ce_scale: factors of the two gradients wrt the student's logits, besides the row's
+        weight and 1/T.
         cross_entropy: whether it is wanted.
         grad: (T, V) to write, which may be the student's own memory, or None.
 
@@ -59,8 +61,9 @@ def dense(
     values = torch.zeros(weight.shape, dtype=dtype, device=student.device)
     entropies = torch.zeros_like(values) if cross_entropy else None
     on_cpu = student.device.type == "cpu"  # elsewhere a decision on data would be a device sync
-    # glibc's malloc learns from what it frees: after this it keeps the small temporaries' pages instead of returning them
-    # to the system, which would cost page faults, the larger part of the time, in every block.
+    # glibc's malloc learns from what it frees: after this it keeps the small temporaries' pages
+    # instead of returning them to the system, which would cost page faults, the larger part of the
+    # time, in every block.
     torch.empty(32_000_000, dtype=torch.uint8)
     size = _block_rows(student)
     # Allocated once: what is freed in between costs page faults again.
@@ -127,7 +130,8 @@ def _block_rows(student) -> int:
 
 
 def _blocks(student, teacher, size: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Blocks of consecutive rows, as (rows, student, teacher); none crosses a boundary that a view cannot."""
+    """Blocks of consecutive rows, as (rows, student, teacher); none crosses a boundary that a view
+    cannot."""
     length = min(student.shape[1], teacher.shape[1])
     for start in range(0, student.shape[0] * student.shape[1], length):
         for low in range(start, start + length, size):
@@ -141,8 +145,9 @@ def _rows(x, low, high):
 
 
 def empty_grad(student: torch.Tensor) -> torch.Tensor:
-    """(T, V) memory for the gradient. On Linux in huge pages: the first touch of ordinary ones costs as much as the
-    arithmetic. The advice is only that, and where it cannot be given nothing happens."""
+    """(T, V) memory for the gradient. On Linux in huge pages: the first touch of ordinary ones
+    costs as much as the arithmetic. The advice is only that, and where it cannot be given nothing
+    happens."""
     grad = torch.empty(
         (student.shape[0] * student.shape[1], student.shape[2]),
         dtype=student.dtype,
@@ -220,7 +225,8 @@ def _value_and_slope(a: _Softmax, s, t, divergence: Divergence, temperature, wor
 
 
 def _infinite(a: _Softmax, b: _Softmax, empty, divergence: Divergence):
-    """Rows whose divergence is +inf by definition, or None: a distribution without support, or outside the other's."""
+    """Rows whose divergence is +inf by definition, or None: a distribution without support, or
+    outside the other's."""
     if a.dead is None and b.dead is None:
         return None
     infinite = torch.zeros(len(a.p), dtype=torch.bool, device=a.p.device)
@@ -237,7 +243,7 @@ def _infinite(a: _Softmax, b: _Softmax, empty, divergence: Divergence):
 def _mix(s, t, a: _Softmax, b: _Softmax, mix_s: float, mix_t: float, mixed):
     """Mixed logits; an entry that is dead on a side that counts is dead."""
     mixed.zero_()
-    for logits, side, weight in ((s, a, mix_s), (t, b, mix_t)):
+    for logits, weight in ((s, mix_s), (t, mix_t)):
         if weight:
             mixed.add_(logits, alpha=weight)
     for side, weight in ((a, mix_s), (b, mix_t)):
@@ -258,7 +264,7 @@ def _logit_mse(s, t, divergence, difference):
         infinite = (dead_s != dead_t).any(-1)
     if divergence.centered:
         difference.sub_(difference.mean(-1, keepdim=True))
-    value = dot(difference, difference) / s.shape[-1]
+    value = difference.square().sum(-1) / s.shape[-1]
     if infinite is not None:
         value.masked_fill_(infinite, math.inf)
     return value, difference.mul_(2 / s.shape[-1])

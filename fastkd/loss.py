@@ -1,6 +1,8 @@
-"""`kd_loss`: two next-token distributions over a huge vocabulary compared, without a probability tensor.
+"""`kd_loss`: two next-token distributions over a huge vocabulary compared, without a probability
+tensor.
 
-Top-down: the function and its module, the checks, the autograd function, the operator that picks a backend.
+Top-down: the function and its module, the checks, the autograd function, the operator that picks a
+backend.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class KDParts(NamedTuple):
-    """What `kd_loss(return_parts=True)` returns; all but the loss are detached, on the device, and cost no sync.
+    """What `kd_loss(return_parts=True)` returns; all but the loss are detached, on the device, and
+    cost no sync.
 
     Attributes:
         loss: as without `return_parts`.
@@ -60,44 +63,54 @@ def kd_loss(
 
         p = softmax(teacher / T),  q = softmax(student / T)
         l = alpha · c(T) · D(p, q) + (1 - alpha) · cross_entropy(student, label)      per position
-        loss = Σ w l / Σ w                                                            reduction "mean"
+        loss = Σ w l / Σ w                                                            reduction
+        "mean"
 
-    The gradient is computed in the forward pass, while the logits are in the cache, and kept for the backward pass.
+    The gradient is computed in the forward pass, while the logits are in the cache, and kept for
+    the backward pass.
 
     Args:
         student: (..., V) logits; fp32, bf16 or fp16 (arithmetic in fp32), or fp64. Differentiated.
-        teacher: (..., V) logits of the same leading shape, of any of these types; never differentiated.
+        teacher: (..., V) logits of the same leading shape, of any of these types; never
+        differentiated.
         labels: (...) integers. Positions equal to `ignore_index` count nowhere.
-        divergence: a name ("forward_kl", "reverse_kl", "jsd", …) or an object, `SkewForwardKL(teacher_weight=0.1)`.
-        temperature: T > 0; divides both sides' logits in the divergence, never in the cross-entropy.
+        divergence: a name ("forward_kl", "reverse_kl", "jsd", …) or an object,
+        `SkewForwardKL(teacher_weight=0.1)`.
+        temperature: T > 0; divides both sides' logits in the divergence, never in the
+        cross-entropy.
         alpha: weight of the divergence, in [0, 1]; below 1 needs labels.
         token_weight: (...) bool or float weights w, on top of `ignore_index`.
         reduction: "mean", "sum" of w l, or "none": w l for every position, (...).
-        num_items: divides the sum instead of Σ w under "mean": the token count of the whole batch under gradient
-            accumulation or data parallelism, an int or a 0-d tensor.
-        shift: position i predicts label i + 1, as in Hugging Face's causal-LM tensors; no logits are copied.
-            `token_weight` is shifted along with the labels.
+        num_items: divides the sum instead of Σ w under "mean": the token count of the whole batch
+            under gradient accumulation or data parallelism, an int or a 0-d tensor.
+        shift: position i predicts label i + 1, as in Hugging Face's causal-LM tensors; no logits
+            are copied. `token_weight` is shifted along with the labels.
         compensate: multiply value and gradient by c(T) = T² (T for TVD, 1 for LogitMSE).
-        vocab: "strict": both vocabularies have one size; "shared": both are cut to the smaller; an int: to the first n
-            entries. The cut is made before the softmax; the cross-entropy sees the student's whole row.
+        vocab: "strict": both vocabularies have one size; "shared": both are cut to the smaller; an
+            int: to the first n entries. The cut is made before the softmax; the cross-entropy sees
+            the student's whole row.
         group: reserved for vocabulary shards; must be None.
-        inplace: the gradient may overwrite the student's logits, which saves a (T, V) buffer. Nothing may read the
-            logits afterwards; autograd complains if something saved them. Ignored under torch.compile.
+        inplace: the gradient may overwrite the student's logits, which saves a (T, V) buffer.
+            Nothing may read the logits afterwards; autograd complains if something saved them.
+            Ignored under torch.compile.
         workspace_bytes: budget for LM heads; dense logits need none.
         return_parts: return `KDParts`.
 
     Returns:
-        A float32 (fp64 for an fp64 student) scalar, or (...) losses for "none". Without any counting position it is 0,
-        connected to the graph, with gradient 0. +inf where the divergence is by definition, with a finite gradient.
+        A float32 (fp64 for an fp64 student) scalar, or (...) losses for "none". Without any
+        counting position it is 0, connected to the graph, with gradient 0. +inf where the
+        divergence is by definition, with a finite gradient.
 
     Raises:
-        ValueError, TypeError: naming the shapes, dtypes or values received, before any work. Labels out of range
-            raise ValueError on the CPU and a device assertion on a GPU, without a sync.
+        ValueError, TypeError: naming the shapes, dtypes or values received, before any work. Labels
+            out of range raise ValueError on the CPU and a device assertion on a GPU, without a
+            sync.
 
     Memory:
-        One buffer of the student's shape and type, the gradient (none with `inplace`, or without gradients), and a few
-        numbers per row. An fp16 student's gradient is computed in the backward pass, so that the upstream factor (loss
-        scaling) is applied before the cast; the logits of both sides are kept until then.
+        One buffer of the student's shape and type, the gradient (none with `inplace`, or without
+        gradients), and a few numbers per row. An fp16 student's gradient is computed in the
+        backward pass, so that the upstream factor (loss scaling) is applied before the cast; the
+        logits of both sides are kept until then.
     """
     d = divergences.get(divergence)
     n = _check(
@@ -344,13 +357,15 @@ def _check_range(labels: Tensor, ignored: Tensor, V: int) -> None:
 
 
 class _Loss(torch.autograd.Function):
-    """Weighted losses of T rows. The gradient is computed forwards, once per weight; backwards it is only scaled."""
+    """Weighted losses of T rows. The gradient is computed forwards, once per weight; backwards it
+    is only scaled."""
 
     @staticmethod
     def forward(
         ctx, student, teacher, labels, weight, name, numbers, temperature, n, kd_scale, ce_scale, wants_grad, inplace
     ):  # fmt: skip
-        # fp16 loses small gradients in a cast before the upstream factor is known: it takes the gradient backwards.
+        # fp16 loses small gradients in a cast before the upstream factor is known: it takes the
+        # gradient backwards.
         later = wants_grad and student.dtype == torch.float16
         now = wants_grad and not later
         ctx.settings = (name, numbers, temperature, n, kd_scale, ce_scale)
@@ -419,7 +434,8 @@ def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _run(student, teacher, labels, weight, settings, wants_grad, inplace):
-    """(T,) divergence and cross-entropy, and the (T, V) gradient; empty tensors for what is not wanted."""
+    """(T,) divergence and cross-entropy, and the (T, V) gradient; empty tensors for what is not
+    wanted."""
     name, numbers, temperature, n, kd_scale, ce_scale = settings
     s, t = _as_rows(student), _as_rows(teacher)
     if wants_grad and inplace and student.is_contiguous():
@@ -436,7 +452,8 @@ def _run(student, teacher, labels, weight, settings, wants_grad, inplace):
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(outer, length, V) with unit stride along V, as a view where strides allow: `logits[:, :-1]` is not copied."""
+    """(outer, length, V) with unit stride along V, as a view where strides allow: `logits[:, :-1]`
+    is not copied."""
     x = x.detach()
     if x.dim() == 3 and x.stride(-1) == 1 and not x.is_contiguous():
         return x

@@ -1,5 +1,6 @@
-"""The same losses in a few lines of plain torch, differentiated by autograd: the truth in tests (in float64), the baseline
-in benchmarks (`naive`). Slow and memory-hungry on purpose: what one writes without this package.
+"""The same losses in a few lines of plain torch, differentiated by autograd: the truth in tests (in
+float64), the baseline in benchmarks (`naive`). Slow and memory-hungry on purpose: what one writes
+without this package.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def kd_loss(
 ) -> Tensor:
     """`fastkd.kd_loss` without its checks, in the precision of its inputs.
 
-    Logits of -inf are replaced so that both distributions have log 0 = -10,000: values that are +inf by definition come
-    out finite and large here, with the gradient that `fastkd.kd_loss` gives.
+    Logits of -inf are replaced so that both distributions have log 0 = -10,000: values that are
+    +inf by definition come out finite and large here, with the gradient that `fastkd.kd_loss`
+    gives.
     """
     d = divergences.get(divergence)
     n = {"strict": student.shape[-1], "shared": min(student.shape[-1], teacher.shape[-1])}.get(

@@ -1,13 +1,14 @@
 """Dense logits: one algorithm for every divergence, in three phases over the vocabulary.
 
-    statistics   the running maximum and sum of exponentials of each side (and of the cross-entropy, where asked)
-    value        Σ value_v and Σ slope_v of the divergence's term
-    gradient     (slope_v - q_v Σ slope) / T; done in the value phase where Σ slope is known beforehand
+    statistics   the running maximum and sum of exponentials of each side (and of the cross-entropy,
+    where asked) value        Σ value_v and Σ slope_v of the divergence's term gradient     (slope_v
+    - q_v Σ slope) / T; done in the value phase where Σ slope is known beforehand
 
-A row is shared by SPLIT programs, a team, each of which owns TILES blocks of the vocabulary; they meet through a small
-global buffer. On a GPU a team streams through its rows, and the later phases of a row lag behind the statistics of the
-next: nobody waits for long, and the logits are read once from memory and again from the cache while they are still
-there (6 bytes an entry in bf16: two reads, one write). With SPLIT = 1 a program owns a row, and nobody waits at all.
+A row is shared by SPLIT programs, a team, each of which owns TILES blocks of the vocabulary; they
+meet through a small global buffer. On a GPU a team streams through its rows, and the later phases
+of a row lag behind the statistics of the next: nobody waits for long, and the logits are read once
+from memory and again from the cache while they are still there (6 bytes an entry in bf16: two
+reads, one write). With SPLIT = 1 a program owns a row, and nobody waits at all.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ def dense_kernel(
                 row = _wide(i)
                 if tl.load(weight_ptr + row) != 0.0:
                     s_row = _row(s_ptr, row, s_len, s_outer, s_inner)
-                    if CE != "none":  # noqa: SIM102
+                    if CE != "none":
                         if part == 0:  # now: the gradient may overwrite the student's logits
                             at_label = tl.load(s_row + tl.load(label_ptr + row))
                             tl.store(ce_ptr + row, at_label.to(tl.float32))
@@ -334,7 +335,8 @@ def scale_kernel(x_ptr, factor_ptr, T, V, factor_stride, BLOCK: tl.constexpr):
 
 
 class Plan(NamedTuple):
-    """How a launch is cut: `teams` of `split` programs, each with `tiles` blocks of `block` entries."""
+    """How a launch is cut: `teams` of `split` programs, each with `tiles` blocks of `block`
+    entries."""
 
     block: int
     tiles: int
@@ -349,8 +351,8 @@ def plan(
 ) -> Plan:
     """Pure function of the shapes and the device.
 
-    `programs` that run at the same time and wait for each other (0: none may), `cache_bytes` of L2 in which the rows of
-    all teams must stay for three phases.
+    `programs` that run at the same time and wait for each other (0: none may), `cache_bytes` of L2
+    in which the rows of all teams must stay for three phases.
     """
     block = max(128, min(2048, triton.next_power_of_2(V)))
     blocks = triton.cdiv(V, block)
@@ -365,7 +367,8 @@ def plan(
 
 
 def device_plan(T: int, V: int, student: torch.Tensor, teacher: torch.Tensor) -> Plan:
-    """Programs wait for each other on NVIDIA GPUs only, launched cooperatively: all of them run, or none."""
+    """Programs wait for each other on NVIDIA GPUs only, launched cooperatively: all of them run, or
+    none."""
     row_bytes = V * (student.element_size() + teacher.element_size())
     if student.device.type != "cuda" or torch.version.hip:
         return plan(T, V, row_bytes, warp=64 if torch.version.hip else 32)
@@ -399,12 +402,14 @@ def dense(
     The same function as `dense` in `fastkd/eager.py`.
 
     Args:
-        student, teacher: (outer, length, V) logits with unit stride along V; T = outer · length rows.
+        student, teacher: (outer, length, V) logits with unit stride along V; T = outer · length
+        rows.
         labels: (T,) integers within the vocabulary, or None without cross-entropy.
         weight: (T,) float32; a row of weight 0 is not read, counts nowhere and has gradient 0.
         divergence: a `fastkd.divergences.Divergence`.
         temperature: of the divergence. n: entries that the divergence sees, the first of each row.
-        kd_scale, ce_scale: factors of the two gradients wrt the student's logits, besides the row's weight and 1/T.
+        kd_scale, ce_scale: factors of the two gradients wrt the student's logits, besides the row's
+        weight and 1/T.
         cross_entropy: whether it is wanted.
         grad: (T, V) contiguous, to write, which may be the student's own memory, or None.
         plan: how the launch is cut, for tests and tuning.
@@ -432,7 +437,8 @@ def dense(
     sums = torch.zeros((T, p.split, 2), dtype=torch.float32, device=device)
     entropy = torch.zeros(T, dtype=torch.float32, device=device) if cross_entropy else None
     flags = torch.zeros(2 * T, dtype=torch.int32, device=device) if p.waits else sums
-    # A team that waits does all phases in one launch, and so does a program alone; else each phase is a launch.
+    # A team that waits does all phases in one launch, and so does a program alone; else each phase
+    # is a launch.
     phases = (7,) if p.waits or p.split == 1 else (1, 2, 4) if mean and grad is not None else (1, 2)
     options = {"maxnreg": MAX_REGISTERS} if device.type == "cuda" and not torch.version.hip else {}
     if p.waits:

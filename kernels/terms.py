@@ -1,12 +1,14 @@
 """The divergences as Triton functions, one vocabulary entry at a time.
 
-A term takes natural logarithms and probabilities of the teacher (p) and the student (q) and two constants of the
-divergence, and returns
+A term takes natural logarithms and probabilities of the teacher (p) and the student (q) and two
+constants of the divergence, and returns
 
     value: its non-negative share of the divergence D = Σ_v value_v,
-    slope: q · ∂D/∂q, up to a multiple of q; the gradient wrt the student's logits is (slope - q · Σ slope) / T.
+    slope: q · ∂D/∂q, up to a multiple of q; the gradient wrt the student's logits is (slope - q · Σ
+        slope) / T.
 
-Entries outside a distribution's support arrive with probability 0 and a large negative, finite logarithm.
+Entries outside a distribution's support arrive with probability 0 and a large negative, finite
+logarithm.
 """
 
 import triton
@@ -25,7 +27,8 @@ def kl(p, q, d):
 def log_mixture(d, w):
     """log(m/p) and log(m/q) of m = w p + (1 - w) q with d = log(q/p).
 
-    Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and exact where |d| is large.
+    Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and exact
+    where |d| is large.
     """
     x = d + (tl.log(1.0 - w) - tl.log(w))
     tail = tl.log(1.0 + tl.exp(-tl.abs(x)))
@@ -103,7 +106,8 @@ def alpha_beta(log_p, log_q, p, q, alpha, beta):
     return tl.where(small, near, far) / (alpha * beta), (q_s - cross) / alpha
 
 
-# Divergences against the mixed logits r = softmax((mix_t z_t + mix_s z_s) / T) take r as well; both have the gradient q - r.
+# Divergences against the mixed logits r = softmax((mix_t z_t + mix_s z_s) / T) take r as well; both
+# have the gradient q - r.
 
 
 @triton.jit

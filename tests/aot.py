@@ -1,6 +1,8 @@
-"""Compile the kernels for GPUs that are not here: `python tests/aot.py TARGET`, one JSON line per kernel.
+"""Compile the kernels for GPUs that are not here: `python tests/aot.py TARGET`, one JSON line per
+kernel.
 
-A process of its own, because the interpreter (TRITON_INTERPRET) is chosen when the kernels are imported.
+A process of its own, because the interpreter (TRITON_INTERPRET) is chosen when the kernels are
+imported.
 """
 
 import json

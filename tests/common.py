@@ -1,4 +1,5 @@
-"""What the loss's tests share: the divergences, the backends, and the rule by which errors are judged."""
+"""What the loss's tests share: the divergences, the backends, and the rule by which errors are
+judged."""
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def value_and_grad(loss, student, teacher, *args, **settings):
 
 
 def assert_as_exact_as_torch(student, teacher, labels=None, factor=2.0, **settings):
-    """Our error against float64 is at most `factor` times plain torch's in fp32, plus a few roundings of its terms: probabilities,
-    averaged."""
+    """Our error against float64 is at most `factor` times plain torch's in fp32, plus a few
+    roundings of its terms: probabilities, averaged."""
     truth = value_and_grad(
         reference.kd_loss, student.double(), teacher.double(), labels, **settings
     )

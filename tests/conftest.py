@@ -1,4 +1,5 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they
+are imported."""
 
 import os
 

@@ -103,7 +103,8 @@ def test_backend_choice(monkeypatch):
 
 
 def test_import_is_cheap():
-    """No Triton, no transformers, no CUDA context; and the name `kernels` stays free for its owner."""
+    """No Triton, no transformers, no CUDA context; and the name `kernels` stays free for its
+    owner."""
     code = (
         "import sys, fastkd, torch\n"
         "bad = [m for m in ('triton', 'transformers', 'datasets', 'kernels', 'accelerate') if m in sys.modules]\n"
@@ -113,7 +114,8 @@ def test_import_is_cheap():
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
-# --- Autograd ---------------------------------------------------------------------------------------------------------
+# --- Autograd
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_graph_can_be_kept(backend):

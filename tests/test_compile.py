@@ -1,4 +1,5 @@
-"""Every kernel and divergence compiles for real GPUs on a machine without one; on NVIDIA's without spills."""
+"""Every kernel and divergence compiles for real GPUs on a machine without one; on NVIDIA's without
+spills."""
 
 import json
 import os
@@ -20,5 +21,6 @@ def test_compiles_ahead_of_time(target):
     for report in reports:
         assert report["wide_loads"] >= 1, f"no 128-bit loads: {report}"
         assert report["spills"] == 0 and report["local"] == 0, f"spills: {report}"
-        # Two programs of 8 warps wait for each other on a multiprocessor of 65,536 registers: both must fit.
+        # Two programs of 8 warps wait for each other on a multiprocessor of 65,536 registers: both
+        # must fit.
         assert report.get("registers", 0) <= 128, report

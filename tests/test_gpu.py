@@ -1,4 +1,5 @@
-"""On a real GPU (`pytest -m gpu`): sizes that the interpreter cannot, programs that wait for each other, memory."""
+"""On a real GPU (`pytest -m gpu`): sizes that the interpreter cannot, programs that wait for each
+other, memory."""
 
 import pytest
 import torch

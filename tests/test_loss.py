@@ -1,4 +1,5 @@
-"""Values and gradients of `kd_loss` against float64, on both backends; properties; hostile numbers."""
+"""Values and gradients of `kd_loss` against float64, on both backends; properties; hostile
+numbers."""
 
 import dataclasses
 import math
@@ -77,7 +78,8 @@ def test_teacher_of_another_dtype(backend):
     assert_as_exact_as_torch(student, teacher.half(), temperature=2.0, reduction="none")
 
 
-# --- Properties -----------------------------------------------------------------------------------------------------
+# --- Properties
+# -----------------------------------------------------------------------------------------------------
 
 
 @every_divergence

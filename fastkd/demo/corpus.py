@@ -1,7 +1,7 @@
 """Real text that every machine has: the source code of Python's own standard library.
 
-The files are split by module name, so that the held-out text is the same on every machine (up to the Python version)
-and nothing in it was seen by the teacher that fastkd ships.
+The files are split by module name, so that the held-out text is the same on every machine (up to
+the Python version) and nothing in it was seen by the teacher that fastkd ships.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ HELD_OUT = frozenset(
         "zipfile",
     ]
 )
-# Tests are not shipped by every distribution; code tables and generated parsers are not prose or code by hand.
+# Tests are not shipped by every distribution; code tables and generated parsers are not prose or
+# code by hand.
 SKIPPED = frozenset(
     [
         "test",

@@ -1,7 +1,9 @@
-"""How the teacher in `fastkd/demo/teacher` was made: `python -m fastkd.demo.make_teacher --output FOLDER`.
+"""How the teacher in `fastkd/demo/teacher` was made: `python -m fastkd.demo.make_teacher --output
+FOLDER`.
 
-A byte-level BPE of 8,192 entries and a Llama of 4.2 million parameters, both trained on the standard library's sources
-without the held-out modules (`corpus.py`), by cross-entropy alone; bf16 safetensors, 8 MB.
+A byte-level BPE of 8,192 entries and a Llama of 4.2 million parameters, both trained on the
+standard library's sources without the held-out modules (`corpus.py`), by cross-entropy alone; bf16
+safetensors, 8 MB.
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""How good a student is: perplexity, KL to the teacher, and how often both would say the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from fastkd.data import IGNORED
+from fastkd.loss import kd_loss
+
+
+@torch.no_grad()
+def evaluate(
+    student: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    teacher: Any | None = None,
+) -> dict[str, float]:
+    """Score a model on held-out batches; under several processes each brings its own.
+
+    Args:
+        student: a causal LM, not wrapped for data parallelism.
+        batches: `input_ids`, `attention_mask` and `labels`; tokens labelled -100 do not count.
+        accelerator: names the device and the autocast, and joins the processes.
+        teacher: scored against, if given, over the vocabulary that both have.
+
+    Returns:
+        `perplexity`, and with a teacher `kl` (KL(teacher‖student) in nats per token) and
+        `top1_agreement`.
+    """
+    was_training = student.training
+    student.eval()
+    sums = torch.zeros(4)  # tokens, cross-entropy, KL, agreements
+    for batch in batches:
+        batch = {name: x.to(accelerator.device) for name, x in batch.items()}
+        labels = batch.pop("labels")
+        counts = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+        with accelerator.autocast():
+            s = student(**batch, use_cache=False).logits
+            t = None if teacher is None else teacher(**batch, use_cache=False).logits
+        sums[0] += counts.sum().cpu()
+        if t is None:
+            entropies = F.cross_entropy(
+                s[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+            )
+            sums[1] += entropies.cpu()
+            continue
+        parts = kd_loss(
+            s, t, labels, shift=True, reduction="sum", vocab="shared", return_parts=True
+        )
+        n = min(s.shape[-1], t.shape[-1])
+        agreements = ((s[..., :n].argmax(-1) == t[..., :n].argmax(-1)) & counts).sum()
+        sums[1:] += torch.stack([parts.cross_entropy, parts.divergence, agreements]).float().cpu()
+    student.train(was_training)
+    tokens, entropy, kl, agreements = accelerator.reduce(
+        sums.to(accelerator.device), "sum"
+    ).tolist()
+    scores = {"perplexity": math.exp(min(entropy / tokens, 700.0))}
+    return (
+        scores
+        if teacher is None
+        else scores | {"kl": kl / tokens, "top1_agreement": agreements / tokens}
+    )

@@ -85,9 +85,8 @@ def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:
 def _unit(name: str, value: float, low_open: bool, high_open: bool) -> None:
     inside = (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
     if not inside:
-        raise ValueError(
-            f"{name} must be in {'(' if low_open else '['}0, 1{')' if high_open else ']'}, got {value}"
-        )
+        interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
+        raise ValueError(f"{name} must be in {interval}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -389,7 +388,8 @@ class Renyi(Divergence):
     def __post_init__(self):
         if not self.order > 0 or self.order == 1 or math.isinf(self.order):
             raise ValueError(
-                f"Renyi's order must be positive, finite and not 1 (forward KL is its limit), got {self.order}"
+                "Renyi's order must be positive, finite and not 1 (forward KL is its limit),"
+                f" got {self.order}"
             )
 
     @property
@@ -426,12 +426,12 @@ class AlphaBeta(Divergence):
     name = "alpha_beta"
 
     def __post_init__(self):
-        if 0 in (self.alpha, self.beta, self.alpha + self.beta) or not math.isfinite(
-            self.alpha + self.beta
-        ):
+        s = self.alpha + self.beta
+        if 0 in (self.alpha, self.beta, s) or not math.isfinite(s):
             raise ValueError(
-                "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits (1, 0) and (0, 1) are"
-                f" ForwardKL and ReverseKL), got alpha={self.alpha}, beta={self.beta}"
+                "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits"
+                " (1, 0) and (0, 1) are ForwardKL and ReverseKL),"
+                f" got alpha={self.alpha}, beta={self.beta}"
             )
 
     @property

@@ -5,7 +5,7 @@ from setuptools import setup
 setup(
     name="fastkd",
     version="0.1.0",
-    description="Knowledge-distillation losses over huge vocabularies: fused Triton kernels, exact gradients, no probability tensors",
+    description="Fused knowledge-distillation losses over huge vocabularies, with exact gradients",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -148,8 +148,8 @@ def measure(benchmark, provider, divergence, V, distance=1.0):
 
     step()
     benchmark.extra_info.update(
-        provider=provider, divergence=divergence.name, rows=ROWS, V=V, dtype=str(DTYPE), distance=distance,
-        peak_bytes=peak_bytes(step, student),
+        provider=provider, divergence=divergence.name, rows=ROWS, V=V, dtype=str(DTYPE),
+        distance=distance, peak_bytes=peak_bytes(step, student),
         floor_seconds=(2 * student.nbytes + teacher.nbytes) / copy_bandwidth(),
     )  # fmt: skip
     rounds = 20 if GPU else 7 if provider in ("fastkd", "compile") else 3

@@ -29,9 +29,11 @@ def table(result: dict) -> str:
         f"{k} {machine[k]}" for k in ("torch", "triton", "liger-kernel") if machine.get(k)
     )
     lines = [
-        f"{machine['device']}, {machine['threads']} threads, {versions}; {info['rows']} rows, {info['dtype'][6:]}, T = 2.",
+        f"{machine['device']}, {machine['threads']} threads, {versions};"
+        f" {info['rows']} rows, {info['dtype'][6:]}, T = 2.",
         "",
-        "| divergence | V | naive | torch.compile | Liger | fastkd | floor | × naive | extra memory, naive → fastkd |",
+        "| divergence | V | naive | torch.compile | Liger | fastkd | floor | × naive"
+        " | extra memory, naive → fastkd |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (divergence, V, distance), row in cells.items():
@@ -46,9 +48,10 @@ def table(result: dict) -> str:
 
         ours, naive = row["fastkd"], row["naive"]
         memory = " → ".join(f"{max(x['peak_bytes'], 0) / 2**20:,.0f} MB" for x in (naive, ours))
+        times = naive["median"] / ours["median"]
         lines.append(
             f"| {name} | {V:,} | {ms('naive')} | {ms('compile')} | {ms('liger')} | {ms('fastkd')}"
-            f" | {ours['floor_seconds'] * 1e3:,.1f} ms | {naive['median'] / ours['median']:.1f} | {memory} |"
+            f" | {ours['floor_seconds'] * 1e3:,.1f} ms | {times:.1f} | {memory} |"
         )
     return "\n".join(lines)
 

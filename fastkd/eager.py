@@ -61,6 +61,8 @@ def dense(
     values = torch.zeros(weight.shape, dtype=dtype, device=student.device)
     entropies = torch.zeros_like(values) if cross_entropy else None
     on_cpu = student.device.type == "cpu"  # elsewhere a decision on data would be a device sync
+    weight = weight.to(dtype)
+    all_count = on_cpu and bool((weight != 0).all())
     # glibc's malloc learns from what it frees: after this it keeps the small temporaries' pages
     # instead of returning them to the system, which would cost page faults, the larger part of the
     # time, in every block.
@@ -76,9 +78,9 @@ def dense(
         else None
     )
     for rows, s, t in _blocks(student, teacher, size):
-        w = weight[rows, None].to(dtype)
+        w = weight[rows, None]
         g = None if grad is None else grad[rows]
-        if on_cpu and not w.any():
+        if on_cpu and not (all_count or w.any()):
             if g is not None:
                 g.zero_()
             continue
@@ -97,7 +99,7 @@ def dense(
             b = a if shared else _softmax(s, 1.0, *whole[:, : len(s)])
             label = labels[rows, None].clamp(min=0)
             at_label = s.gather(-1, label).to(dtype)
-            entropies[rows] = (b.log_total + (b.maximum - at_label)).squeeze(-1)
+            entropies[rows] = _cross_entropy(b, at_label)
         if g is None:
             continue
         # Everything has been read: from here on, the gradient may overwrite the student.
@@ -111,11 +113,12 @@ def dense(
             else:
                 torch.add(slope, q, alpha=-divergence.slope_sum, out=kd)
             kd.mul_(w * (kd_scale / temperature))
-        out[:, n:].zero_()
+        if n < out.shape[-1]:
+            out[:, n:].zero_()
         if cross_entropy and ce_scale:
             out.addcmul_(b.p, w, value=ce_scale)
             out.scatter_add_(-1, label, -ce_scale * w)
-        if not on_cpu or not w.all():
+        if not all_count:
             out.masked_fill_(w == 0, 0)  # an ignored row may hold anything, NaN too
         if out is not g:
             g.copy_(out)
@@ -170,28 +173,28 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 class _Softmax(NamedTuple):
     log_p: torch.Tensor  # (rows, V), finite
     p: torch.Tensor
-    maximum: (
-        torch.Tensor
-    )  # (rows, 1) of the logits, and the logarithm of Σ exp((logits - maximum) / T)
-    log_total: torch.Tensor
+    maximum: torch.Tensor  # (rows, 1), of the logits
+    anchor: torch.Tensor  # -maximum / (T log 2), rounded
+    log_total: torch.Tensor  # of Σ 2^(anchor + logits / (T log 2))
     dead: torch.Tensor | None  # where p is 0 by a logit of -inf, or None: nowhere
     empty: torch.Tensor | None  # (rows,) without any support
 
 
 def _softmax(logits, temperature, x, p) -> _Softmax:
     """Into `x` and `p`."""
+    dead = empty = None
+    if x.device.type != "cpu" or not logits.amin() > DEAD:
+        dead = logits <= DEAD
     if logits.dtype != x.dtype:
         logits = x.copy_(logits)
     maximum = logits.amax(-1, keepdim=True)
-    maximum.masked_fill_(maximum == -math.inf, 0)
+    if dead is not None:
+        maximum.masked_fill_(maximum <= DEAD, 0)
     scale = 1 / (temperature * LN_2)
     anchor = maximum * -scale
-    torch.add(
-        anchor, logits, alpha=scale, out=x
-    )  # one fused multiply-add: its only rounding is the anchor's
-    dead = empty = None
-    if x.device.type != "cpu" or not x.amin() > DEAD:
-        dead = x <= DEAD
+    # One fused multiply-add: its only rounding is the anchor's, which cancels in p.
+    torch.add(anchor, logits, alpha=scale, out=x)
+    if dead is not None:
         x.masked_fill_(dead, -math.inf)
     torch.exp2(x, out=p)
     total = p.sum(-1, keepdim=True)
@@ -199,15 +202,20 @@ def _softmax(logits, temperature, x, p) -> _Softmax:
         empty = total.squeeze(-1) == 0
         total.masked_fill_(total == 0, 1)
     log_total = total.log()
-    p.mul_(
-        torch.exp(-log_total.double())
-    )  # not 1 / total: the rounding of log_total must be in both or in neither
+    # Not 1 / total: what is rounded away from log_total must be missing from both p and log_p.
+    p.mul_(torch.exp(-log_total.double()).to(p.dtype))
     torch.add(-log_total, x, alpha=LN_2, out=x)
     if dead is not None:
         x.masked_fill_(dead, LOG_FLOOR)
-    exact_scale = torch.tensor(scale, dtype=x.dtype).item()
-    rounding = (maximum.double() * exact_scale + anchor.double()) * LN_2
-    return _Softmax(x, p, maximum, log_total - rounding, dead, empty)
+    return _Softmax(x, p, maximum, anchor, log_total, dead, empty)
+
+
+def _cross_entropy(a: _Softmax, at_label):
+    """(rows,) -log softmax(logits)[label] at temperature 1, of (rows, 1) logits of the labels."""
+    scale = torch.tensor(1 / LN_2, dtype=a.p.dtype)
+    rounding = a.maximum.double() * scale.double() + a.anchor.double()
+    log_total = a.log_total - (rounding * LN_2).to(a.p.dtype)
+    return (log_total + (a.maximum - at_label)).squeeze(-1)
 
 
 def _value_and_slope(a: _Softmax, s, t, divergence: Divergence, temperature, work):

@@ -168,7 +168,8 @@ def kd_loss(
     loss, value, entropy = _Loss.apply(
         student, teacher, labels if wants_entropy else None, coefficient,
         *divergences.pack(d), float(temperature), n, float(alpha * c), float(1 - alpha),
-        student.requires_grad and torch.is_grad_enabled(), inplace and not torch.compiler.is_compiling(),
+        student.requires_grad and torch.is_grad_enabled(),
+        inplace and not torch.compiler.is_compiling(),
     )  # fmt: skip
 
     def reduce(rows: Tensor) -> Tensor:
@@ -276,20 +277,21 @@ def _check(
         )
     if teacher.requires_grad:
         raise ValueError(
-            "the teacher is never differentiated, but its logits require grad: compute them under no_grad"
+            "the teacher is never differentiated, but its logits require grad:"
+            " compute them under no_grad"
         )
     for name, x in (("teacher", teacher), ("labels", labels), ("token_weight", token_weight)):
         if isinstance(x, Tensor) and x.device != student.device:
             raise ValueError(f"{name} is on {x.device}, the student on {student.device}")
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-            raise TypeError(
-                f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
-            )
+            got = getattr(labels, "dtype", type(labels).__name__)
+            raise TypeError(f"labels must be an integer tensor, got {got}")
         if labels.shape != student.shape[:-1]:
             expected, got = tuple(student.shape[:-1]), tuple(labels.shape)
             raise ValueError(
-                f"labels must have the shape of the logits without the last dimension, {expected}, got {got}"
+                "labels must have the shape of the logits without the last dimension,"
+                f" {expected}, got {got}"
             )
     elif alpha < 1:
         raise ValueError(f"alpha = {alpha} mixes in the cross-entropy, which needs labels")
@@ -329,8 +331,9 @@ def _check(
     if vocab == "strict":
         if V_s != V_t:
             raise ValueError(
-                f"the vocabularies differ: student {V_s}, teacher {V_t} entries. If the first {min(V_s, V_t)} are the same"
-                " tokens (padding columns), pass vocab='shared'; else the two models need one tokenizer"
+                f"the vocabularies differ: student {V_s}, teacher {V_t} entries."
+                f" If the first {min(V_s, V_t)} are the same tokens (padding columns),"
+                " pass vocab='shared'; else the two models need one tokenizer"
             )
         return V_s
     if vocab == "shared":
@@ -339,7 +342,8 @@ def _check(
         raise ValueError(f"vocab must be 'strict', 'shared' or a number of entries, got {vocab!r}")
     if not 1 <= vocab <= min(V_s, V_t):
         raise ValueError(
-            f"vocab must be between 1 and {min(V_s, V_t)} (student {V_s}, teacher {V_t}), got {vocab}"
+            f"vocab must be between 1 and {min(V_s, V_t)} (student {V_s}, teacher {V_t}),"
+            f" got {vocab}"
         )
     return vocab
 
@@ -350,7 +354,8 @@ def _check_range(labels: Tensor, ignored: Tensor, V: int) -> None:
         if not inside.all():
             bad = labels[~inside].unique().tolist()
             raise ValueError(
-                f"labels must be in [0, {V}) or ignore_index, got {bad[:8]}{'…' if len(bad) > 8 else ''}"
+                f"labels must be in [0, {V}) or ignore_index,"
+                f" got {bad[:8]}{'…' if len(bad) > 8 else ''}"
             )
     elif labels.device.type in ("cpu", "cuda"):
         torch._assert_async(inside.all(), f"fastkd: labels must be in [0, {V}) or ignore_index")
@@ -362,7 +367,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student, teacher, labels, weight, name, numbers, temperature, n, kd_scale, ce_scale, wants_grad, inplace
+        ctx, student, teacher, labels, weight,
+        name, numbers, temperature, n, kd_scale, ce_scale, wants_grad, inplace,
     ):  # fmt: skip
         # fp16 loses small gradients in a cast before the upstream factor is known: it takes the
         # gradient backwards.
@@ -464,8 +470,9 @@ def _as_rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastkd::dense", mutates_args=())
 def _dense_operator(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor, name: str, numbers: list[float],
-    temperature: float, n: int, kd_scale: float, ce_scale: float, wants_grad: bool,
+    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor,
+    name: str, numbers: list[float], temperature: float, n: int,
+    kd_scale: float, ce_scale: float, wants_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One opaque node for torch.compile."""
     grad = eager.empty_grad(student) if wants_grad else None
@@ -508,11 +515,13 @@ def _uses_triton(x: Tensor) -> bool:
         raise ValueError(f"FASTKD_BACKEND must be auto, triton or eager, got {choice!r}")
     if x.dtype == torch.float64:
         raise ValueError(
-            "the Triton kernels compute in fp32, the logits are float64: use FASTKD_BACKEND=auto or eager"
+            "the Triton kernels compute in fp32, the logits are float64:"
+            " use FASTKD_BACKEND=auto or eager"
         )
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            "FASTKD_BACKEND=triton on CPU tensors needs TRITON_INTERPRET=1, set before the first import"
+            "FASTKD_BACKEND=triton on CPU tensors needs TRITON_INTERPRET=1,"
+            " set before the first import"
         )
     try:
         import triton  # noqa: F401

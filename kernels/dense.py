@@ -98,8 +98,10 @@ def _announce(flag_ptr):
 
 
 @triton.jit
-def _term(x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
-          TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr):  # fmt: skip
+def _term(
+    x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
+    TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
+):  # fmt: skip
     """Value, slope and student probability of a block of entries."""
     dead_s, dead_t = x == NEG_INF, y == NEG_INF
     if KIND == "logits":
@@ -450,14 +452,15 @@ def dense(
                 student, teacher, labels if cross_entropy else weight, weight, stats, sums,
                 entropy if cross_entropy else sums, sums if grad is None else grad, flags,
                 T, n, V, student.shape[1], student.stride(0), student.stride(1),
-                teacher.shape[1], teacher.stride(0), teacher.stride(1), p.teams if p.waits else 0, p.teams,
-                1 / (temperature * math.log(2)), kd_scale, ce_scale, 0.0 if mean else divergence.slope_sum,
-                mix_s, mix_t, a, b,
+                teacher.shape[1], teacher.stride(0), teacher.stride(1),
+                p.teams if p.waits else 0, p.teams,
+                1 / (temperature * math.log(2)), kd_scale, ce_scale,
+                0.0 if mean else divergence.slope_sum, mix_s, mix_t, a, b,
                 TERM=divergence.triton_term(), KIND=divergence.kind,
                 INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
                 MEAN=mean, CE=ce, GRAD=grad is not None,
-                PHASES=which, SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split), TILES=p.tiles, BLOCK=p.block,
-                num_warps=p.warps, **options,
+                PHASES=which, SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split),
+                TILES=p.tiles, BLOCK=p.block, num_warps=p.warps, **options,
             )  # fmt: skip
     return sums[:, :, 0].sum(1).clamp_(min=0), entropy
 

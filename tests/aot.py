@@ -57,9 +57,11 @@ def dense_variants(target):
             programs = 264 if split > 1 else 0
             p = kernels.plan(8192, 151_936, 4 * 151_936, programs, 30_000_000, target.warp_size)
             constants = dict(
-                TERM=divergence.triton_term(), KIND=divergence.kind, INFINITE_P=divergence.infinite_p,
-                INFINITE_Q=divergence.infinite_q, MEAN=divergence.slope_sum is None, CE=ce, GRAD=True, PHASES=7,
-                SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split), TILES=p.tiles, BLOCK=p.block,
+                TERM=divergence.triton_term(), KIND=divergence.kind,
+                INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
+                MEAN=divergence.slope_sum is None, CE=ce, GRAD=True, PHASES=7,
+                SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split),
+                TILES=p.tiles, BLOCK=p.block,
             )  # fmt: skip
             options = dict(num_warps=p.warps) | (
                 dict(maxnreg=kernels.MAX_REGISTERS) if cuda else {}
@@ -72,8 +74,9 @@ def report(name, compiled, target):
     if target.backend == "hip":
         code = compiled.asm["amdgcn"]
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
-        return dict(name=name, spills=spills, local=int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)[1]),
-                    wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", code)))  # fmt: skip
+        local = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)[1])
+        wide_loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", code))
+        return dict(name=name, spills=spills, local=local, wide_loads=wide_loads)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -85,8 +88,13 @@ def report(name, compiled, target):
             [tool, "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return dict(name=name, registers=int(numbers["REG"]), local=int(numbers["LOCAL"]) + int(numbers["STACK"]),
-                spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), wide_loads=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", sass)))  # fmt: skip
+    return dict(
+        name=name,
+        registers=int(numbers["REG"]),
+        local=int(numbers["LOCAL"]) + int(numbers["STACK"]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        wide_loads=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", sass)),
+    )
 
 
 if __name__ == "__main__":

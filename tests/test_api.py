@@ -107,15 +107,15 @@ def test_import_is_cheap():
     owner."""
     code = (
         "import sys, fastkd, torch\n"
-        "bad = [m for m in ('triton', 'transformers', 'datasets', 'kernels', 'accelerate') if m in sys.modules]\n"
+        "bad = [m for m in ('triton', 'transformers', 'datasets', 'kernels', 'accelerate')"
+        " if m in sys.modules]\n"
         "assert not bad and not torch.cuda.is_initialized(), bad\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
-# --- Autograd
-# ---------------------------------------------------------------------------------------------------------
+# --- Autograd ------------------------------------------------------------
 
 
 def test_graph_can_be_kept(backend):
@@ -142,7 +142,8 @@ def test_per_token_upstream(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_inplace(dtype, backend):
-    """The gradient lies in the logits' memory, the same bits as without; a saved use of the logits is noticed."""
+    """The gradient lies in the logits' memory, the same bits as without; a saved use of the
+    logits is noticed."""
     student, teacher = S.to(dtype), T.to(dtype)
     expected = value_and_grad(kd_loss, student, teacher, Y, alpha=0.5, temperature=2.0)[1]
     weight = student.clone().requires_grad_()
@@ -202,7 +203,8 @@ def test_compiles_without_graph_break(inplace, backend):
 
 
 def test_shapes_and_strides(backend):
-    """Any leading shape; slices and transposes give what contiguous logits give, slices without a copy."""
+    """Any leading shape; slices and transposes give what contiguous logits give, slices
+    without a copy."""
     student, teacher = logits(3, 4, 9, 40)
     options = dict(reduction="none", temperature=2.0)
     whole = kd_loss(student, teacher, **options)
@@ -233,7 +235,7 @@ def test_shapes_and_strides(backend):
     assert kd_loss(student[:, 1:].requires_grad_(), teacher[:, 1:]).requires_grad
 
 
-# --- How the kernel is cut ---------------------------------------------------------------------------------------------
+# --- How the kernel is cut -----------------------------------------------
 
 
 @pytest.mark.parametrize("split, tiles", [(1, 5), (2, 3), (3, 2), (5, 1)])
@@ -259,7 +261,8 @@ def test_parts_of_a_row_meet(split, tiles, name):
 
 @pytest.mark.parametrize("V", [1, 7, 4097, 32_000, 128_256, 151_936, 262_144])
 def test_plan(V):
-    """Every entry has one owner, the teams' rows fit the cache, and one team always fits the device."""
+    """Every entry has one owner, the teams' rows fit the cache, and one team always fits the
+    device."""
     from fastkd.kernels.dense import plan
 
     for T in (1, 7, 8192):

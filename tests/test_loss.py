@@ -78,8 +78,7 @@ def test_teacher_of_another_dtype(backend):
     assert_as_exact_as_torch(student, teacher.half(), temperature=2.0, reduction="none")
 
 
-# --- Properties
-# -----------------------------------------------------------------------------------------------------
+# --- Properties ----------------------------------------------------------
 
 
 @every_divergence
@@ -111,7 +110,8 @@ def test_adding_a_constant_to_either_side_changes_nothing(divergence, backend):
     value, grad = value_and_grad(kd_loss, student, teacher, **options)
     for a, b in ((3000, 0), (0, -3000), (3000, 3000)):
         other, other_grad = value_and_grad(kd_loss, student + a, teacher + b, **options)
-        # Mixed and centered logits are sums, rounded at 3000 to about 1e-4; the rest does not notice.
+        # Mixed and centered logits are sums, rounded at 3000 to about 1e-4; the rest does not
+        # notice.
         exact = divergence.kind == "probabilities"
         torch.testing.assert_close(other, value, rtol=1e-5 if exact else 1e-3, atol=1e-7)
         torch.testing.assert_close(
@@ -136,7 +136,8 @@ def test_small_divergences_do_not_cancel(divergence, offset, backend):
     assert 0 < truth.max() < CANCELS
     value = kd_loss(student, teacher, divergence=divergence, reduction="none").double()
     relative = ((value - truth) / truth).abs().max().item()
-    # Mixed logits (Rényi, TAID) are rounded before the softmax, an offset of 3000 to 1e-4: not ours to undo.
+    # Mixed logits (Rényi, TAID) are rounded before the softmax, an offset of 3000 to 1e-4:
+    # not ours to undo.
     assert relative < (1e-2 if offset and divergence.kind == "mixed" else 2e-5), relative
 
 
@@ -188,14 +189,15 @@ def test_sweep(backend, V, rows, cut, temperature, alpha, spread, index, seed):
     )
 
 
-# --- Hostile numbers --------------------------------------------------------------------------------------------------
+# --- Hostile numbers -----------------------------------------------------
 
 
 @every_divergence
 @pytest.mark.parametrize("dead", [-INF, torch.finfo(torch.float32).min], ids=["inf", "finfo.min"])
 @pytest.mark.parametrize("where", ["both", "teacher", "student", "block"])
 def test_dead_entries(divergence, dead, where, backend):
-    """-inf logits: an entry with p = 0 counts as its limit; no NaN, and +inf exactly where the definition says so."""
+    """-inf logits: an entry with p = 0 counts as its limit; no NaN, and +inf exactly where
+    the definition says so."""
     student, teacher = logits(4, 4500)
     entries = slice(0, 4200) if where == "block" else slice(10, 90)
     if where != "teacher":
@@ -242,7 +244,8 @@ def test_extreme_logits(divergence, backend):
 
 
 def test_rows_without_support(backend):
-    """A row of -inf has no distribution: +inf, no NaN in the gradient; nothing at all where it is ignored."""
+    """A row of -inf has no distribution: +inf, no NaN in the gradient; nothing at all
+    where it is ignored."""
     student, teacher = logits(3, 40)
     student[1] = -INF
     value, grad = value_and_grad(kd_loss, student, teacher, reduction="none")
@@ -260,7 +263,8 @@ def test_nan_is_not_hidden(backend):
 
 
 def test_small_upstream_factors_survive_fp16(backend):
-    """Loss scaling: the factor is applied before the cast, or 1/8192 flushes the gradient to zero."""
+    """Loss scaling: the factor is applied before the cast, or 1/8192 flushes the gradient to
+    zero."""
     student, teacher = logits(64, 2000, dtype=torch.float16, spread=1.0)
 
     def scaled(loss, student, teacher):
@@ -274,7 +278,7 @@ def test_small_upstream_factors_survive_fp16(backend):
     assert (ours == 0).double().mean() < 0.01
 
 
-# --- Mask, weights, reduction -----------------------------------------------------------------------------------------
+# --- Mask, weights, reduction --------------------------------------------
 
 
 def test_masked_rows(backend):
@@ -310,7 +314,8 @@ def test_nothing_counts(reduction, backend):
 
 
 def test_gradient_accumulation_is_exact(backend):
-    """Micro-batches with unequal token counts, each divided by the whole batch's count, add up to one batch."""
+    """Micro-batches with unequal token counts, each divided by the whole batch's
+    count, add up to one batch."""
     student, teacher = logits(4, 6, 50)
     labels = labels_of(4, 6, V=50)
     labels[0] = -100
@@ -333,7 +338,8 @@ def test_gradient_accumulation_is_exact(backend):
 
 
 def test_cut_vocabulary(backend):
-    """Padding columns: cut before the softmax, no gradient from the divergence, the cross-entropy's own still there."""
+    """Padding columns: cut before the softmax, no gradient from the divergence, the
+    cross-entropy's own still there."""
     student, teacher = logits(4, 60)
     labels = labels_of(4, V=60)
     labels[1] = 59
@@ -376,7 +382,7 @@ def test_parts(backend):
     assert kd_loss(student, teacher, return_parts=True).cross_entropy is None
 
 
-# --- A divergence of one's own ----------------------------------------------------------------------------------------
+# --- A divergence of one's own -------------------------------------------
 
 
 def test_own_divergence(backend):

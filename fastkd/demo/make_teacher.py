@@ -76,8 +76,9 @@ def main() -> None:
 
     end = tokenizer.eos_token_id
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=224, intermediate_size=640, num_hidden_layers=4, num_attention_heads=7,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end, pad_token_id=end,
+        vocab_size=VOCAB_SIZE, hidden_size=224, intermediate_size=640, num_hidden_layers=4,
+        num_attention_heads=7, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(
@@ -96,10 +97,8 @@ def main() -> None:
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % 500 == 0:
-            print(
-                f"\nstep {step + 1}: held-out perplexity {perplexity(model, held_out, args.length):.1f}",
-                flush=True,
-            )
+            value = perplexity(model, held_out, args.length)
+            print(f"\nstep {step + 1}: held-out perplexity {value:.1f}", flush=True)
             model.save_pretrained(args.output)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -152,8 +152,8 @@ def measure(benchmark, provider, divergence, V, distance=1.0):
         distance=distance, peak_bytes=peak_bytes(step, student),
         floor_seconds=(2 * student.nbytes + teacher.nbytes) / copy_bandwidth(),
     )  # fmt: skip
-    rounds = 20 if GPU else 7 if provider in ("fastkd", "compile") else 3
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
+    rounds = 20 if GPU else 9 if provider in ("fastkd", "compile") else 5
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=3 if rounds > 5 else 1)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -74,7 +74,7 @@ def assert_as_exact_as_torch(student, teacher, labels=None, factor=2.0, **settin
     ):
         assert o.shape == t.shape and o.isfinite().all(), name
         rounding = (
-            4
+            8
             * torch.finfo(torch.float32).eps
             * max(t.abs().max().item(), 1 / student[..., 0].numel())
         )

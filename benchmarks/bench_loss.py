@@ -8,6 +8,7 @@ the bytes that must be moved (each logit read once, each gradient written once) 
 copy bandwidth.
 """
 
+import ctypes
 import time
 from functools import cache
 from pathlib import Path
@@ -127,6 +128,7 @@ def peak_bytes(run, student):
             ).split()[1]
         )
 
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left in the heap would hide this one's use
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = kilobytes("VmRSS")
     run()

@@ -113,6 +113,8 @@ def kd_loss(
         logits of both sides are kept until then.
     """
     d = divergences.get(divergence)
+    if shift and isinstance(student, Tensor) and student.dim() < 2:
+        raise ValueError(f"shift needs (..., length, V) logits, got shape {tuple(student.shape)}")
     n = _check(
         student,
         teacher,

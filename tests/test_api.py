@@ -52,6 +52,7 @@ Y = torch.randint(30, (2, 5), device=DEVICE)
         (ValueError, ["num_items", "sum"], (S, T), {"num_items": 3, "reduction": "sum"}),
         (ValueError, ["num_items", "(2,)"], (S, T), {"num_items": torch.ones(2)}),
         (ValueError, ["group"], (S, T), {"group": object()}),
+        (ValueError, ["shift", "(30,)"], (S[0, 0], T[0, 0]), {"shift": True}),
         (ValueError, ["meta", DEVICE], (S, T.to("meta")), {}),
     ],
 )

@@ -46,12 +46,16 @@ def table(result: dict) -> str:
         def ms(provider, row=row):
             return f"{row[provider]['median'] * 1e3:,.1f} ms" if provider in row else "–"
 
-        ours, naive = row["fastkd"], row["naive"]
-        memory = " → ".join(f"{max(x['peak_bytes'], 0) / 2**20:,.0f} MB" for x in (naive, ours))
-        times = naive["median"] / ours["median"]
+        def mb(provider, row=row):
+            peak = row.get(provider, {}).get("peak_bytes")
+            return "–" if peak is None else f"{max(peak, 0) / 2**20:,.0f} MB"
+
+        floor = next(iter(row.values()))["floor_seconds"] * 1e3
+        both = "naive" in row and "fastkd" in row
+        times = f"{row['naive']['median'] / row['fastkd']['median']:.1f}" if both else "–"
         lines.append(
             f"| {name} | {V:,} | {ms('naive')} | {ms('compile')} | {ms('liger')} | {ms('fastkd')}"
-            f" | {ours['floor_seconds'] * 1e3:,.1f} ms | {times:.1f} | {memory} |"
+            f" | {floor:,.1f} ms | {times} | {mb('naive')} → {mb('fastkd')} |"
         )
     return "\n".join(lines)
 

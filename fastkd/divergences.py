@@ -1,40 +1,43 @@
 """The divergences: what each one is, and how it is computed.
 
-p = softmax(teacher / T) and q = softmax(student / T). `teacher_weight` w always means the mixture m
-= w p + (1 - w) q.
+p = softmax(teacher / T) and q = softmax(student / T). `teacher_weight` w always means the mixture
+m = w p + (1 - w) q.
 
 Every divergence is a frozen dataclass of numbers with
 
-    formula      the definition in plain torch, differentiable: the truth in tests, the baseline in
-    benchmarks;
-    term         value and slope in torch, without cancellation or NaN: the eager backend;
-    triton_term  the same for one vocabulary entry as a Triton function: the fused kernel.
+    formula      the definition in plain torch, differentiable: the truth in tests
+    term         value and slope in torch, without cancellation or NaN: the eager backend
+    triton_term  the same for one vocabulary entry, a Triton function: the fused kernel
 
-The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a multiple of q: ∂D/∂z_v = (s_v
-- q_v Σ s) / T.
+The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a multiple of q:
 
-Your own divergence is a subclass; it gets the fused kernel, `divergence="its name"` and everything
-else. Pearson's χ² = Σ (p - q)²/q = Σ q (p/q - 1)², which has ∂/∂q = 1 - (p/q)² and so, up to a
-multiple of q, the slope -p²/q:
+    ∂D/∂z_v = (s_v - q_v Σ s) / T
+
+Your own divergence is a subclass with a name of its own; it gets the fused kernel,
+`divergence="its name"` and everything else. Pearson's χ² = Σ q (p/q - 1)² has ∂/∂q = 1 - (p/q)²
+and so, up to a multiple of q, the slope -p²/q:
 
     @triton.jit
-    def chi2_term(log_p, log_q, p, q, a, b):            # a, b: the dataclass's first two numbers,
-    or 0
+    def chi2_term(log_p, log_q, p, q, a, b):  # a, b: the dataclass's first two numbers, or 0
         ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
         return q * (ratio - 1) * (ratio - 1), -p * ratio
+
 
     @dataclass(frozen=True)
     class PearsonChi2(fastkd.Divergence):
         name = "pearson_chi2"
+
         def formula(self, log_p, log_q):
             return ((log_p - log_q).exp() - 1).square().mul(log_q.exp()).sum(-1)
+
         def term(self, log_p, log_q, p, q):
             ratio = (log_p - log_q).clamp(max=40).exp()
             return (q * (ratio - 1).square()).sum(-1), -p * ratio
+
         def triton_term(self):
             return chi2_term
 
-    fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")
+Then `fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")`.
 """
 
 from __future__ import annotations
@@ -110,8 +113,12 @@ class Divergence:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            _REGISTRY[cls.name] = cls
+        name = cls.__dict__.get("name")  # an inherited name stays its owner's
+        if name:
+            owner = _REGISTRY.setdefault(name, cls)
+            if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"the divergence name {name!r} belongs to {owner.__qualname__}")
+            _REGISTRY[name] = cls
 
     @property
     def infinite_p(self) -> bool:
@@ -455,14 +462,13 @@ class AlphaBeta(Divergence):
         p_s, q_s = _power(s * log_p), _power(s * log_q)
         far = (a / s * p_s + b / s * q_s - cross).div_(a * b)
         value = far.sum(-1)
-        # As in `kl`: where the terms cancel, p^s ((β/s) k(s d) - k(β d)) / (αβ) with k(x) = e^x - 1
-        # - x.
-        cancels = value < CANCELS * p_s.sum(-1)
-        if value.device.type != "cpu" or cancels.any():
-            d = (log_q - log_p)[cancels]
-            near = p_s[cancels] * (b / s * _expm1_minus(s * d) - _expm1_minus(b * d)) / (a * b)
+        # As in `kl`: where terms cancel, p^s ((β/s) k(s d) - k(β d)) / (αβ), k(x) = e^x - 1 - x.
+        rows = value < CANCELS * p_s.sum(-1) if value.device.type == "cpu" else slice(None)
+        if isinstance(rows, slice) or rows.any():
+            d = log_q[rows] - log_p[rows]
+            near = p_s[rows] * (b / s * _expm1_minus(s * d) - _expm1_minus(b * d)) / (a * b)
             small = (d * max(abs(s), abs(b))).abs() < 0.5
-            value[cancels] = torch.where(small, near, far[cancels]).sum(-1).clamp(min=0)
+            value[rows] = torch.where(small, near, far[rows]).sum(-1).clamp(min=0)
         return value, q_s.sub_(cross).div_(a)
 
     def triton_term(self):
@@ -543,6 +549,8 @@ class LogitMSE(Divergence):
 def get(divergence: str | Divergence) -> Divergence:
     """The divergence of that name with its default numbers, or the object itself."""
     if isinstance(divergence, Divergence):
+        if _REGISTRY.get(divergence.name) is not type(divergence):
+            raise TypeError(f"{type(divergence).__name__} needs a `name` of its own")
         return divergence
     if not isinstance(divergence, str):
         raise TypeError(

@@ -261,18 +261,23 @@ def _mix(s, t, a: _Softmax, b: _Softmax, mix_s: float, mix_t: float, mixed):
 
 
 def _logit_mse(s, t, divergence, difference):
-    """(rows,) values and the gradient of divergence kind "logits"."""
-    torch.sub(s, t, out=difference) if s.dtype == t.dtype == difference.dtype else difference.copy_(
-        s
-    ).sub_(t)
-    infinite = None
-    if s.device.type != "cpu" or not (difference.amin() > DEAD and difference.amax() < -DEAD):
+    """(rows,) values and the gradient of divergence kind "logits"; entries that are dead on either
+    side are left out of both sums."""
+    if s.dtype == t.dtype == difference.dtype:
+        torch.sub(s, t, out=difference)
+    else:
+        difference.copy_(s).sub_(t)
+    dead = None
+    if s.device.type != "cpu" or not (s.amin() > DEAD and t.amin() > DEAD):
         dead_s, dead_t = s <= DEAD, t <= DEAD
-        difference.masked_fill_(dead_s | dead_t, 0)
-        infinite = (dead_s != dead_t).any(-1)
+        dead = dead_s | dead_t
+        difference.masked_fill_(dead, 0)
     if divergence.centered:
-        difference.sub_(difference.mean(-1, keepdim=True))
+        alive = s.shape[-1] if dead is None else (~dead).sum(-1, keepdim=True).clamp(min=1)
+        difference.sub_(difference.sum(-1, keepdim=True) / alive)
+        if dead is not None:
+            difference.masked_fill_(dead, 0)
     value = difference.square().sum(-1) / s.shape[-1]
-    if infinite is not None:
-        value.masked_fill_(infinite, math.inf)
+    if dead is not None:
+        value.masked_fill_((dead_s != dead_t).any(-1), math.inf)
     return value, difference.mul_(2 / s.shape[-1])

@@ -62,9 +62,8 @@ def kd_loss(
     """Distillation loss of a student's next-token distribution against a teacher's.
 
         p = softmax(teacher / T),  q = softmax(student / T)
-        l = alpha · c(T) · D(p, q) + (1 - alpha) · cross_entropy(student, label)      per position
-        loss = Σ w l / Σ w                                                            reduction
-        "mean"
+        l = alpha · c(T) · D(p, q) + (1 - alpha) · cross_entropy(student, label), per position
+        loss = Σ w l / Σ w, under reduction "mean"
 
     The gradient is computed in the forward pass, while the logits are in the cache, and kept for
     the backward pass.
@@ -82,7 +81,8 @@ def kd_loss(
         token_weight: (...) bool or float weights w, on top of `ignore_index`.
         reduction: "mean", "sum" of w l, or "none": w l for every position, (...).
         num_items: divides the sum instead of Σ w under "mean": the token count of the whole batch
-            under gradient accumulation or data parallelism, an int or a 0-d tensor.
+            under gradient accumulation or data parallelism, an int or a 0-d tensor. Where gradients
+            are averaged over processes (DDP, FSDP), multiply the loss by their number.
         shift: position i predicts label i + 1, as in Hugging Face's causal-LM tensors; no logits
             are copied. `token_weight` is shifted along with the labels.
         compensate: multiply value and gradient by c(T) = T² (T for TVD, 1 for LogitMSE).
@@ -128,6 +128,7 @@ def kd_loss(
         vocab,
         group,
     )
+    labels = None if labels is None else labels.long()
     leading, V = student.shape[:-1], student.shape[-1]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
 
@@ -155,7 +156,7 @@ def kd_loss(
         )
         return parts if return_parts else loss
 
-    weight = weight.reshape(-1)
+    weight = weight.reshape(-1).contiguous()
     if reduction == "mean":
         total = weight.sum() if num_items is None else num_items
         coefficient = (

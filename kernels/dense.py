@@ -1,8 +1,8 @@
 """Dense logits: one algorithm for every divergence, in three phases over the vocabulary.
 
-    statistics   the running maximum and sum of exponentials of each side (and of the cross-entropy,
-    where asked) value        Σ value_v and Σ slope_v of the divergence's term gradient     (slope_v
-    - q_v Σ slope) / T; done in the value phase where Σ slope is known beforehand
+    statistics  the running maximum and sum of exponentials of each side
+    value       Σ value_v and Σ slope_v of the divergence's term
+    gradient    (slope_v - q_v Σ slope) / T; in the value phase already where Σ slope is known
 
 A row is shared by SPLIT programs, a team, each of which owns TILES blocks of the vocabulary; they
 meet through a small global buffer. On a GPU a team streams through its rows, and the later phases
@@ -151,7 +151,9 @@ def _statistics(
             m1, l1 = _accumulate(m1, l1, x, LOG2_E)
         x = tl.where(cols < n, x, NEG_INF)
         if KIND == "logits":
-            ls += tl.where((x == NEG_INF) | (y == NEG_INF), 0.0, x - y)
+            alive = (x != NEG_INF) & (y != NEG_INF)
+            ls += tl.where(alive, x - y, 0.0)
+            lt += tl.where(alive, 1.0, 0.0)
         else:
             ms, ls = _accumulate(ms, ls, x, scale)
             mt, lt = _accumulate(mt, lt, y, scale)
@@ -205,7 +207,8 @@ def _sweep(
         if KIND == "logits":
             at = stats + parts * STATS + 1
             delta = tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
-            center = a * tl.sum(delta, 0) / n
+            alive = tl.load(at + 2, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
+            center = a * tl.sum(delta, 0) / tl.maximum(tl.sum(alive, 0), 1.0)
         else:
             ms, ls = _meet(stats, parts, SPLIT, 0, scale)
             mt, lt = _meet(stats, parts, SPLIT, 2, scale)
@@ -363,7 +366,10 @@ def plan(
         return Plan(block, blocks, 1, T, warps, False)
     rows = max(1, cache_bytes // (3 * row_bytes))
     split = min(blocks, programs, max(triton.cdiv(programs, rows), triton.cdiv(programs, T)))
-    tiles = triton.cdiv(blocks, split)
+    # A power of two: few kernels serve all T.
+    tiles = triton.next_power_of_2(triton.cdiv(blocks, split) + 1) // 2
+    if triton.cdiv(blocks, tiles) > programs:
+        tiles *= 2
     split = triton.cdiv(blocks, tiles)
     return Plan(block, tiles, split, min(T, programs // split), warps, split > 1)
 

@@ -17,6 +17,7 @@ from common import DIVERGENCES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastkd import JSD, ForwardKL
 from fastkd.kernels import dense as kernels
 
 TARGETS = {
@@ -31,43 +32,64 @@ ALIGNED = (
 )  # rows of a multiple of 16 entries, as Triton specialises them
 
 
-def compile_kernel(kernel, target, types, constants, **options):
+def compile_kernel(kernel, target, types, constants, aligned=True, **options):
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         else:
             signature[name] = types.get(name, "i32" if name in INTEGERS else "fp32")
-        if name.endswith("_ptr") or name in ALIGNED:
+        if name.endswith("_ptr") or (aligned and name in ALIGNED):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
 
-def dense_variants(target):
-    logits = dict(s_ptr="*bf16", t_ptr="*bf16", grad_ptr="*bf16", label_ptr="*i64", flag_ptr="*i32")
-    types = {n: "*fp32" for n in kernels.dense_kernel.arg_names if n.endswith("_ptr")} | logits
+def compile_dense(target, divergence, shared_row, ce, dtype="bf16", grad=True, aligned=True):
+    """(name, compiled, how many 128-bit loads of logits it must have)."""
+    types = {n: "*fp32" for n in kernels.dense_kernel.arg_names if n.endswith("_ptr")}
+    types |= dict(label_ptr="*i64", flag_ptr="*i32")
+    types |= dict.fromkeys(("s_ptr", "t_ptr", "grad_ptr"), f"*{dtype}")
+    programs = 264 if shared_row else 0
+    p = kernels.plan(8192, 151_936, 4 * 151_936, programs, 30_000_000, target.warp_size)
+    mean = divergence.slope_sum is None
+    constants = dict(
+        TERM=divergence.triton_term(), KIND=divergence.kind,
+        INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
+        MEAN=mean, CE=ce, GRAD=grad, PHASES=7,
+        SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split), TILES=p.tiles, BLOCK=p.block,
+    )  # fmt: skip
+    options = dict(num_warps=p.warps)
+    if target.backend == "cuda":
+        options["maxnreg"] = kernels.MAX_REGISTERS
+    compiled = compile_kernel(kernels.dense_kernel, target, types, constants, aligned, **options)
+    phases = 3 if mean and grad else 2
+    wide = 2 * phases * (2 if dtype == "fp32" else 1) if aligned else 0
+    return f"{divergence} split={p.split} ce={ce} {dtype} grad={grad}", compiled, wide
+
+
+def variants(target):
     cuda = target.backend == "cuda"
     for divergence in DIVERGENCES:
-        for split, ce in ((19, "own"), (1, "shared"), (1, "none")):
-            if (not cuda and split > 1) or (ce == "shared" and divergence.kind == "logits"):
-                continue
-            if target.arch != 90 and split == 1 and cuda:
-                continue  # the largest form stands for the others
-            programs = 264 if split > 1 else 0
-            p = kernels.plan(8192, 151_936, 4 * 151_936, programs, 30_000_000, target.warp_size)
-            constants = dict(
-                TERM=divergence.triton_term(), KIND=divergence.kind,
-                INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
-                MEAN=divergence.slope_sum is None, CE=ce, GRAD=True, PHASES=7,
-                SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split),
-                TILES=p.tiles, BLOCK=p.block,
-            )  # fmt: skip
-            options = dict(num_warps=p.warps) | (
-                dict(maxnreg=kernels.MAX_REGISTERS) if cuda else {}
-            )
-            name = f"{divergence} split={p.split} ce={ce}"
-            yield name, compile_kernel(kernels.dense_kernel, target, types, constants, **options)
+        if cuda:  # the largest form
+            yield compile_dense(target, divergence, shared_row=True, ce="own")
+        if target.arch in (90, "gfx942"):
+            yield compile_dense(target, divergence, shared_row=False, ce="none")
+            if divergence.kind != "logits":
+                yield compile_dense(target, divergence, shared_row=False, ce="shared")
+    if target.arch == 90:
+        for divergence in (ForwardKL(), JSD()):
+            yield compile_dense(target, divergence, True, "own", dtype="fp32")
+            yield compile_dense(target, divergence, True, "own", dtype="fp16", grad=False)
+            yield compile_dense(target, divergence, True, "own", aligned=False)
+    scale = compile_kernel(
+        kernels.scale_kernel,
+        target,
+        dict(x_ptr="*bf16", factor_ptr="*fp32"),
+        dict(BLOCK=2048),
+        num_warps=256 // target.warp_size,
+    )
+    yield "scale", scale, 1
 
 
 def report(name, compiled, target):
@@ -99,13 +121,5 @@ def report(name, compiled, target):
 
 if __name__ == "__main__":
     target = TARGETS[sys.argv[1]]
-    for name, compiled in dense_variants(target):
-        print(json.dumps(report(name, compiled, target)), flush=True)
-    scale = compile_kernel(
-        kernels.scale_kernel,
-        target,
-        dict(x_ptr="*bf16", factor_ptr="*fp32"),
-        dict(BLOCK=2048),
-        num_warps=256 // target.warp_size,
-    )
-    print(json.dumps(report("scale", scale, target)), flush=True)
+    for name, compiled, wide in variants(target):
+        print(json.dumps(report(name, compiled, target) | dict(expected=wide)), flush=True)

@@ -9,7 +9,7 @@ import fastkd
 
 
 @triton.jit
-def chi2_term(log_p, log_q, p, q, a, b):
+def chi2_term(log_p, log_q, p, q, a, b):  # a, b: the dataclass's first two numbers, or 0
     ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
     return q * (ratio - 1) * (ratio - 1), -p * ratio
 

@@ -19,7 +19,7 @@ def test_compiles_ahead_of_time(target):
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(reports) >= 19
     for report in reports:
-        assert report["wide_loads"] >= 1, f"no 128-bit loads: {report}"
+        assert report["wide_loads"] >= report["expected"], f"loads of logits not 128-bit: {report}"
         assert report["spills"] == 0 and report["local"] == 0, f"spills: {report}"
         # Two programs of 8 warps wait for each other on a multiprocessor of 65,536 registers: both
         # must fit.

@@ -93,14 +93,18 @@ def test_peak_memory(inplace):
     assert extra <= (0 if inplace else student.nbytes) + 4 * 2**20, f"{extra:,} bytes"
 
 
-def test_no_device_sync():
-    student, teacher = pair(64, 32_000)
-    labels = torch.randint(32_000, (64,), device="cuda")
+@every_divergence
+@pytest.mark.parametrize("choice", ["eager", "triton"])
+def test_no_device_sync(divergence, choice, monkeypatch):
+    monkeypatch.setenv("FASTKD_BACKEND", choice)
+    student, teacher = pair(64, 5000)
+    labels = torch.randint(5000, (64,), device="cuda")
     leaf = student.requires_grad_()
-    kd_loss(leaf, teacher, labels, alpha=0.5).backward()
+    options = dict(alpha=0.5, divergence=divergence)
+    kd_loss(leaf, teacher, labels, **options).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        (kd_loss(leaf, teacher, labels, alpha=0.5) / 4).backward()
+        (kd_loss(leaf, teacher, labels, **options) / 4).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -3,6 +3,8 @@ numbers."""
 
 import dataclasses
 import math
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +211,16 @@ def test_dead_entries(divergence, dead, where, backend):
     outside = {"teacher": divergence.infinite_p, "student": divergence.infinite_q}.get(where, False)
     if divergence.name == "logit_mse":
         assert value.isinf().all() == (where in ("teacher", "student"))
+        if where in ("both", "block"):
+            left = (student > -1e30)[0]
+            share = left.sum() / len(left)  # the mean is over all entries
+            true_value, true_grad = value_and_grad(
+                reference.kd_loss, student[:, left].double(), teacher[:, left].double(),
+                divergence=divergence, reduction="none",
+            )  # fmt: skip
+            torch.testing.assert_close(value, true_value * share, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(grad[:, left], true_grad * share, rtol=1e-4, atol=1e-8)
+            assert (grad[:, ~left] == 0).all()
         return
     assert (value == INF).all() if outside else value.isfinite().all()
     true_value, true_grad = value_and_grad(
@@ -289,9 +301,12 @@ def test_masked_rows(backend):
         dict(),
         dict(token_weight=weight),
         dict(token_weight=weight > 0.5),
+        dict(token_weight=torch.stack([weight, weight + 1], -1)[..., 0]),  # strided
+        dict(token_weight=torch.tensor(0.5, device=DEVICE).expand(2, 6)),
         dict(shift=True, token_weight=weight),
     ):
         for reduction in ("mean", "sum", "none"):
+            assert_as_exact_as_torch(student, teacher, reduction=reduction, **options)
             assert_as_exact_as_torch(
                 student, teacher, labels, alpha=0.3, temperature=2.0, reduction=reduction, **options
             )
@@ -395,3 +410,31 @@ def test_own_divergence(backend):
         student, teacher, labels_of(4, V=300), divergence=PearsonChi2(), alpha=0.5
     )
     assert dataclasses.is_dataclass(PearsonChi2)
+    own = Path(__file__).with_name("own_divergence.py").read_text()
+    example = fastkd.divergences.__doc__.partition("    @triton.jit")[2].partition("Then `fastkd")[
+        0
+    ]
+    assert textwrap.dedent("    @triton.jit" + example).strip() in own
+
+
+def test_names_belong_to_one_class():
+    class Louder(fastkd.ForwardKL):
+        """Without a name of its own it must not become what "forward_kl" means."""
+
+    assert type(fastkd.divergences.get("forward_kl")) is fastkd.ForwardKL
+    with pytest.raises(TypeError, match="name"):
+        kd_loss(*logits(1, 5), divergence=Louder())
+    with pytest.raises(ValueError, match="forward_kl"):
+
+        class Thief(fastkd.Divergence):
+            name = "forward_kl"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_labels_of_any_integer_type(dtype, backend):
+    student, teacher = logits(3, 300)
+    labels = torch.tensor([1, 250, 156], device=DEVICE)
+    options = dict(alpha=0.5, shift=True)
+    assert kd_loss(student, teacher, labels.to(dtype), **options) == kd_loss(
+        student, teacher, labels, **options
+    )

@@ -1,4 +1,4 @@
-"""The README says what is true: its code runs, its tables are the saved results, its commands exist."""
+"""The README is true: its code runs, its tables are the saved results, its commands exist."""
 
 import re
 import sys
@@ -50,7 +50,8 @@ def test_trainer(tmp_path):
         student = tiny_model(0)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=size, max_steps=2, optim="sgd",
-            gradient_accumulation_steps=accumulation, learning_rate=0.1, lr_scheduler_type="constant",
+            gradient_accumulation_steps=accumulation, learning_rate=0.1,
+            lr_scheduler_type="constant",
             report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=0,
         )  # fmt: skip
         trainer = names["DistillationTrainer"](

@@ -63,15 +63,18 @@ def kl(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     if p.device.type != "cpu":
         return _kl_without_cancellation(p, q, d)
     value = q.sum(-1) - p.sum(-1) - (p * d).sum(-1)
-    small = value < CANCELS
-    if small.any():
-        value[small] = _kl_without_cancellation(p[small], q[small], d[small])
+    small = (value < CANCELS).nonzero().flatten()
+    if len(small):
+        for rows in small.split(max(1, 2**18 // p.shape[-1])):  # the temporaries stay small
+            value[rows] = _kl_without_cancellation(p[rows], q[rows], d[rows])
     return value
 
 
 def _kl_without_cancellation(p, q, d):
-    value = torch.where(d.abs() < 0.5, p * (torch.expm1(d.clamp(-1, 1)) - d), q - p - p * d)
-    return value.sum(-1).clamp(min=0)
+    near = torch.expm1(d.clamp(-1, 1)).sub_(d).mul_(p)
+    if p.device.type != "cpu" or not d.abs().amax() < 0.5:
+        near = torch.where(d.abs() < 0.5, near, q - p - p * d)
+    return near.sum(-1).clamp(min=0)
 
 
 def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:

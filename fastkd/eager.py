@@ -183,18 +183,17 @@ class _Softmax(NamedTuple):
 def _softmax(logits, temperature, x, p) -> _Softmax:
     """Into `x` and `p`."""
     dead = empty = None
-    if x.device.type != "cpu" or not logits.amin() > DEAD:
-        dead = logits <= DEAD
-    if logits.dtype != x.dtype:
-        logits = x.copy_(logits)
-    maximum = logits.amax(-1, keepdim=True)
-    if dead is not None:
-        maximum.masked_fill_(maximum <= DEAD, 0)
+    z = logits if logits.dtype == x.dtype else x.copy_(logits)
+    maximum = z.amax(-1, keepdim=True)
+    maximum.masked_fill_(maximum <= DEAD, 0)
     scale = 1 / (temperature * LN_2)
     anchor = maximum * -scale
     # One fused multiply-add: its only rounding is the anchor's, which cancels in p.
-    torch.add(anchor, logits, alpha=scale, out=x)
-    if dead is not None:
+    torch.add(anchor, z, alpha=scale, out=x)
+    # Nothing is above 0, so one dead entry shows in the sum. Elsewhere than on the CPU a decision
+    # on data would be a device sync.
+    if x.device.type != "cpu" or not x.sum() > DEAD / 2 * scale:
+        dead = (x if x.data_ptr() == logits.data_ptr() else logits) <= DEAD
         x.masked_fill_(dead, -math.inf)
     torch.exp2(x, out=p)
     total = p.sum(-1, keepdim=True)

@@ -11,8 +11,8 @@ test: .venv/installed  ## the test suite, on the CPU
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: .venv/installed  ## the CPU benchmark; then `make tables`
-	$(BIN)/python -m pytest -q -c benchmarks/pytest.ini benchmarks/bench_loss.py \
+bench: .venv/installed  ## the CPU benchmarks; then `make tables`
+	$(BIN)/python -m pytest -q -c benchmarks/pytest.ini benchmarks/bench_*.py \
 	  --benchmark-json=benchmarks/results/cpu.json --benchmark-columns=median,min,rounds
 
 tables: .venv/installed  ## the README's tables from benchmarks/results

@@ -8,14 +8,12 @@ the bytes that must be moved (each logit read once, each gradient written once) 
 copy bandwidth.
 """
 
-import ctypes
-import time
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from measuring import DEVICE, DTYPE, GPU, TEMPERATURE, compiled, copy_bandwidth, measure, naive
 
 from fastkd import (
     JSD,
@@ -26,15 +24,10 @@ from fastkd import (
     SkewReverseKL,
     divergences,
     kd_loss,
-    reference,
 )
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-DTYPE = torch.bfloat16 if GPU else torch.float32
 ROWS = 8192 if GPU else 512
 VOCABULARIES = [32_000, 128_256, 151_936, 262_144] if GPU else [32_000, 151_936]
-TEMPERATURE = 2.0
 OTHERS = [
     divergences.get("reverse_kl"),
     SkewForwardKL(0.1),
@@ -56,34 +49,6 @@ def logits(V, distance=1.0):
     student = torch.randn(ROWS, V, device=DEVICE, dtype=DTYPE).mul_(3)
     teacher = torch.randn(ROWS, V, device=DEVICE, dtype=DTYPE).mul_(distance).add_(student)
     return student, teacher
-
-
-@cache
-def copy_bandwidth():
-    """Bytes read and written per second by a large copy."""
-    source = torch.empty(2**30 if GPU else 2**27, dtype=torch.float32, device=DEVICE).fill_(1)
-    target = torch.empty_like(source).fill_(1)
-    best = min(timed(lambda: target.copy_(source)) for _ in range(5))
-    return 2 * source.nbytes / best
-
-
-def timed(run):
-    if GPU:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def naive(student, teacher, divergence):
-    if divergence.name == "forward_kl":
-        log_q, p = F.log_softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
-        return F.kl_div(log_q, p, reduction="batchmean") * TEMPERATURE**2
-    return reference.naive(
-        student, teacher, divergence, TEMPERATURE
-    ).mean() * divergence.compensation(TEMPERATURE)
 
 
 def fused(student, teacher, divergence):
@@ -109,66 +74,35 @@ def liger(student, teacher, divergence):
 PROVIDERS = {"naive": naive, "compile": None, "liger": liger, "fastkd": fused}
 
 
-def peak_bytes(run, student):
-    """Peak memory beyond what was there before and the gradient."""
-    if GPU:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before - student.nbytes
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-
-    def kilobytes(field):
-        return int(
-            next(
-                line for line in status.read_text().splitlines() if line.startswith(field)
-            ).split()[1]
-        )
-
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left in the heap would hide this one's use
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = kilobytes("VmRSS")
-    run()
-    return 1024 * (kilobytes("VmHWM") - before) - student.nbytes
-
-
-def measure(benchmark, provider, divergence, V, distance=1.0):
+def bench(benchmark, provider, divergence, V, distance=1.0):
     if provider == "liger" and not GPU:
         pytest.skip("needs a GPU")
-    loss = torch.compile(naive) if provider == "compile" else PROVIDERS[provider]
+    loss = compiled(naive) if provider == "compile" else PROVIDERS[provider]
     student, teacher = logits(V, distance)
 
     def step():
         leaf = student.detach().requires_grad_()
         loss(leaf, teacher, divergence).backward()
-        if GPU:
-            torch.cuda.synchronize()
         return leaf.grad
 
-    step()
-    benchmark.extra_info.update(
-        provider=provider, divergence=divergence.name, rows=ROWS, V=V, dtype=str(DTYPE),
-        distance=distance, peak_bytes=peak_bytes(step, student),
+    measure(
+        benchmark, step, student.nbytes, provider, table="dense", divergence=divergence.name,
+        rows=ROWS, V=V, distance=distance,
         floor_seconds=(2 * student.nbytes + teacher.nbytes) / copy_bandwidth(),
     )  # fmt: skip
-    rounds = 20 if GPU else 9 if provider in ("fastkd", "compile") else 5
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=3 if rounds > 5 else 1)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def bench_forward_kl(benchmark, V, provider):
-    measure(benchmark, provider, divergences.get("forward_kl"), V)
+    bench(benchmark, provider, divergences.get("forward_kl"), V)
 
 
 @pytest.mark.parametrize("provider", ["naive", "fastkd"])
 def bench_near(benchmark, provider):
     """A student so near its teacher that every row is summed a second time, without cancellation
     (CPU)."""
-    measure(benchmark, provider, divergences.get("forward_kl"), 151_936, distance=0.05)
+    bench(benchmark, provider, divergences.get("forward_kl"), 151_936, distance=0.05)
 
 
 @pytest.mark.parametrize("provider", ["naive", "liger", "fastkd"])
@@ -176,4 +110,4 @@ def bench_near(benchmark, provider):
 def bench_divergence(benchmark, divergence, provider):
     if provider == "liger" and divergence.name != "jsd":
         pytest.skip("no such loss there")
-    measure(benchmark, provider, divergence, 151_936)
+    bench(benchmark, provider, divergence, 151_936)

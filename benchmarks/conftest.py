@@ -18,7 +18,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     )
     machine_info["threads"] = torch.get_num_threads()
     machine_info["python"] = platform.python_version()
-    for package in ("torch", "triton", "liger-kernel"):
+    for package in ("torch", "triton", "liger-kernel", "trl"):
         try:
             machine_info[package] = version(package)
         except ImportError:

@@ -16,48 +16,125 @@ def load(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def table(result: dict) -> str:
-    """One row per divergence and vocabulary; times are medians of loss and gradient in one run."""
-    cells: dict[tuple, dict[str, dict]] = {}
+def tables(result: dict) -> str:
+    """Those of dense logits, of LM heads and of top-k teachers, as far as they were measured; the
+    first line says on what. Times are medians of loss and gradient in one run."""
+    entries: dict[str, list[dict]] = {}
     for bench in result["benchmarks"]:
-        info = bench["extra_info"]
-        key = (info["divergence"], info["V"], info["distance"])
-        cells.setdefault(key, {})[info["provider"]] = info | {"median": bench["stats"]["median"]}
-    info = next(iter(next(iter(cells.values())).values()))
+        info = bench["extra_info"] | {"median": bench["stats"]["median"]}
+        entries.setdefault(info.get("table", "dense"), []).append(info)
     machine = result["machine_info"]
     versions = ", ".join(
-        f"{k} {machine[k]}" for k in ("torch", "triton", "liger-kernel") if machine.get(k)
+        f"{k} {machine[k]}" for k in ("torch", "triton", "liger-kernel", "trl") if machine.get(k)
     )
+    parts = [
+        render(entries[kind])
+        for kind, render in (("dense", dense), ("head", heads), ("topk", topk))
+        if kind in entries
+    ]
+    return f"{machine['device']}, {machine['threads']} threads, {versions}; " + "\n\n".join(parts)
+
+
+def dense(entries: list[dict]) -> str:
+    """One row per divergence and vocabulary."""
     lines = [
-        f"{machine['device']}, {machine['threads']} threads, {versions};"
-        f" {info['rows']} rows, {info['dtype'][6:]}, T = 2.",
+        f"{entries[0]['rows']} rows, {entries[0]['dtype'][6:]}, T = 2.",
         "",
         "| divergence | V | naive | torch.compile | Liger | fastkd | floor | × naive"
         " | extra memory, naive → fastkd |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (divergence, V, distance), row in cells.items():
-        name = (
-            divergence
-            if distance == 1
-            else f"{divergence}, student within {distance} of the teacher"
-        )
-
-        def ms(provider, row=row):
-            return f"{row[provider]['median'] * 1e3:,.1f} ms" if provider in row else "–"
-
-        def mb(provider, row=row):
-            peak = row.get(provider, {}).get("peak_bytes")
-            return "–" if peak is None else f"{max(peak, 0) / 2**20:,.0f} MB"
-
-        floor = next(iter(row.values()))["floor_seconds"] * 1e3
-        both = "naive" in row and "fastkd" in row
-        times = f"{row['naive']['median'] / row['fastkd']['median']:.1f}" if both else "–"
+    for (name, V, distance), row in grouped(entries, "divergence", "V", "distance").items():
+        near = "" if distance == 1 else f", student within {distance} of the teacher"
+        floor = next(iter(row.values()))["floor_seconds"]
         lines.append(
-            f"| {name} | {V:,} | {ms('naive')} | {ms('compile')} | {ms('liger')} | {ms('fastkd')}"
-            f" | {floor:,.1f} ms | {times} | {mb('naive')} → {mb('fastkd')} |"
+            f"| {name}{near} | {V:,} | {ms(row, 'naive')} | {ms(row, 'compile')}"
+            f" | {ms(row, 'liger')} | {ms(row, 'fastkd')} | {milliseconds(floor)}"
+            f" | {ratio(row, 'naive', 'fastkd')} | {memory(row)} |"
         )
     return "\n".join(lines)
+
+
+def heads(entries: list[dict]) -> str:
+    """One row per shape, trained or frozen head, and divergence."""
+    lines = [
+        f"LM heads on both sides, from hidden states, {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
+        " the four matrix products alone (three where the head is frozen).",
+        "",
+        "| rows × V | H, student and teacher | head | divergence | gemms | naive | torch.compile"
+        " | Liger fused | Liger chunked | TRL | fastkd | fastkd / gemms | naive / fastkd"
+        " | extra memory, naive → fastkd |",
+        "|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    shape = ("rows", "V", "widths", "frozen")
+    products = grouped([e for e in entries if e["provider"] == "gemms"], *shape)
+    losses = [e for e in entries if e["provider"] != "gemms"]
+    for (*key, divergence), row in grouped(losses, *shape, "divergence").items():
+        rows, V, widths, frozen = key
+        row = row | products.get(tuple(key), {})
+        columns = ("gemms", "naive", "compile", "liger_fused", "liger_chunked", "trl", "fastkd")
+        lines.append(
+            f"| {rows:,} × {V:,} | {widths[0]:,}, {widths[1]:,}"
+            f" | {'frozen' if frozen else 'trained'} | {divergence} | "
+            + " | ".join(ms(row, provider) for provider in columns)
+            + f" | {ratio(row, 'fastkd', 'gemms', 2)} | {ratio(row, 'naive', 'fastkd')}"
+            f" | {memory(row)} |"
+        )
+    return "\n".join(lines)
+
+
+def topk(entries: list[dict]) -> str:
+    """One row per student: dense logits, an LM head."""
+    lines = [
+        f"Top-k teacher, K = {entries[0]['K']} and a bucket for the rest, forward_kl,"
+        f" {entries[0]['dtype'][6:]}, T = 2; the floor of an LM head is its three matrix products.",
+        "",
+        "| student | rows × V | naive | torch.compile | fastkd | floor | × naive"
+        " | extra memory, naive → fastkd |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (student, rows, V), row in grouped(entries, "student", "rows", "V").items():
+        first = next(iter(row.values()))
+        floor = first.get("floor_seconds", row.get("gemms", {}).get("median"))
+        name = "dense logits" if student == "dense" else f"LM head, H = {first['width']:,}"
+        lines.append(
+            f"| {name} | {rows:,} × {V:,} | {ms(row, 'naive')} | {ms(row, 'compile')}"
+            f" | {ms(row, 'fastkd')} | {milliseconds(floor)}"
+            f" | {ratio(row, 'naive', 'fastkd')} | {memory(row)} |"
+        )
+    return "\n".join(lines)
+
+
+def grouped(entries: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
+    """Entries by provider, by the values of `keys`."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for entry in entries:
+        values = (entry[key] for key in keys)
+        key = tuple(tuple(x) if isinstance(x, list) else x for x in values)
+        groups.setdefault(key, {})[entry["provider"]] = entry
+    return groups
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e3:,.1f} ms"
+
+
+def ms(row: dict[str, dict], provider: str) -> str:
+    return milliseconds(row.get(provider, {}).get("median"))
+
+
+def ratio(row: dict[str, dict], above: str, below: str, digits: int = 1) -> str:
+    if above not in row or below not in row:
+        return "–"
+    return f"{row[above]['median'] / row[below]['median']:.{digits}f}"
+
+
+def memory(row: dict[str, dict]) -> str:
+    def mb(provider):
+        peak = row.get(provider, {}).get("peak_bytes")
+        return "–" if peak is None else f"{max(peak, 0) / 2**20:,.0f} MB"
+
+    return f"{mb('naive')} → {mb('fastkd')}"
 
 
 def rendered(text: str) -> str:
@@ -65,7 +142,7 @@ def rendered(text: str) -> str:
 
     def fill(match: re.Match) -> str:
         result = load(match[1])
-        body = table(result) if result else "Not measured yet."
+        body = tables(result) if result else "Not measured yet."
         return f"<!-- results: {match[1]} -->\n\n{body}\n\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)

@@ -16,7 +16,9 @@ from fastkd.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
+from fastkd.hidden import cosine_loss, hidden_mse_loss, rkd_angle_loss, rkd_distance_loss
 from fastkd.loss import KDLoss, KDParts, kd_loss
+from fastkd.sources import Ensemble, LMHead, TopK
 
 __version__ = "0.1.0"
 
@@ -26,15 +28,22 @@ __all__ = [
     "TVD",
     "AlphaBeta",
     "Divergence",
+    "Ensemble",
     "ForwardKL",
     "Hellinger",
     "Jeffreys",
     "KDLoss",
     "KDParts",
+    "LMHead",
     "LogitMSE",
     "Renyi",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "TopK",
+    "cosine_loss",
+    "hidden_mse_loss",
     "kd_loss",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
 ]

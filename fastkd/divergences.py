@@ -108,11 +108,15 @@ class Divergence:
             squared difference.
         infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes
         log 0 = -10,000.
+        plain: (c, e) of a D = Σ f(p, q) with f homogeneous of degree 1, whose outcomes may be
+        pooled: over a part of the vocabulary the textbook sum is Σ (value + c (p - q)), and its
+        slope is slope + e q. None: D is no such sum, and takes no top-k teacher.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = "probabilities"
     slope_sum: ClassVar[float | None] = None
+    plain: ClassVar[tuple[float, float] | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -156,8 +160,8 @@ class Divergence:
         return self.formula(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
 
     def term(self, log_p, log_q, p, q):
-        """(rows, V) tensors to the rows' values and the (rows, V) slopes. All but q may be
-        overwritten."""
+        """(rows, V) tensors to the rows' values, as sums over V (the columns may be a shard of the
+        vocabulary), and the (rows, V) slopes. All but q may be overwritten."""
         raise TypeError(f"{type(self).__name__} has no torch term")
 
     def triton_term(self):
@@ -196,6 +200,7 @@ class ForwardKL(Divergence):
     name = "forward_kl"
     slope_sum = -1.0
     infinite_q = True
+    plain = (1.0, 0.0)
 
     def formula(self, log_p, log_q):
         return _definition_of_kl(log_p, log_q)
@@ -213,6 +218,7 @@ class ReverseKL(Divergence):
 
     name = "reverse_kl"
     infinite_p = True
+    plain = (-1.0, 1.0)
 
     def formula(self, log_p, log_q):
         return _definition_of_kl(log_q, log_p)
@@ -238,6 +244,10 @@ class SkewForwardKL(Divergence):
     @property
     def infinite_q(self):
         return self.teacher_weight == 0
+
+    @property
+    def plain(self):
+        return 1 - self.teacher_weight, 0.0
 
     def formula(self, log_p, log_q):
         return _definition_of_kl(log_p, _log_m(log_p, log_q, self.teacher_weight))
@@ -269,6 +279,10 @@ class SkewReverseKL(Divergence):
     def infinite_p(self):
         return self.teacher_weight == 1
 
+    @property
+    def plain(self):
+        return -self.teacher_weight, 1.0
+
     def formula(self, log_p, log_q):
         if self.teacher_weight == 1:
             return _definition_of_kl(log_q, log_p)
@@ -295,6 +309,7 @@ class JSD(Divergence):
 
     teacher_weight: float = 0.5
     name = "jsd"
+    plain = (0.0, 0.0)
 
     def __post_init__(self):
         _unit("JSD's teacher_weight", self.teacher_weight, low_open=True, high_open=True)
@@ -332,6 +347,10 @@ class Jeffreys(Divergence):
     def infinite_q(self):
         return self.forward_weight > 0
 
+    @property
+    def plain(self):
+        return 2 * self.forward_weight - 1, 1 - self.forward_weight
+
     def formula(self, log_p, log_q):
         f = self.forward_weight
         return f * _definition_of_kl(log_p, log_q) + (1 - f) * _definition_of_kl(log_q, log_p)
@@ -352,6 +371,7 @@ class TVD(Divergence):
     distillation (2023)."""
 
     name = "tvd"
+    plain = (0.0, 0.0)
 
     def compensation(self, temperature):
         return temperature
@@ -372,6 +392,7 @@ class Hellinger(Divergence):
     """Squared Hellinger distance 1 - Σ√(pq) = ½ Σ(√p - √q)². Hellinger (1909)."""
 
     name = "hellinger"
+    plain = (0.0, 0.5)  # of ½ Σ(√p - √q)²
 
     def formula(self, log_p, log_q):
         return 1 - ((log_p + log_q) / 2).exp().sum(-1)
@@ -417,7 +438,7 @@ class Renyi(Divergence):
         # -log Σ p^a q^(1-a) = a KL(r‖p) + (1 - a) KL(r‖q), which does not cancel.
         a = self.order
         value = kl(r, q, log_q.sub_(log_r)) + a / (1 - a) * kl(r, p, log_p.sub_(log_r))
-        return value.clamp_(min=0), r.neg_()
+        return value, r.neg_()
 
     def triton_term(self):
         return _terms().renyi

@@ -11,7 +11,7 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ DEAD = -1e30  # a logit at or below this is -inf: torch.finfo(dtype).min is a co
 BLOCK_ENTRIES = (
     5 * 2**16
 )  # per thread: a few buffers of 1.25 MiB in fp32 stay in a core's share of the cache
+BUFFERS = 24  # of a block's size, at most: softmaxes, slopes, temporaries, what malloc keeps
 HUGE_PAGE = 2**21
 
 
@@ -39,7 +40,9 @@ def dense(
     ce_scale: float,
     cross_entropy: bool,
     grad: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    diagnostics: bool = False,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Divergence and cross-entropy of every row, and the gradient of their weighted sum.
 
     The same function as `dense` in `kernels/dense.py`.
@@ -53,83 +56,230 @@ def dense(
         weight and 1/T.
         cross_entropy: whether it is wanted.
         grad: (T, V) to write, which may be the student's own memory, or None.
+        diagnostics: whether the entropies and the agreement are wanted.
+        gather: the columns are this rank's shard of a vocabulary, and every rank of the group calls
+            this function at the same time; `gather(x)` is the (world, *x.shape) x of all, the same
+            on each. `labels` then count from this shard's first column (one outside [0, V) is
+            another rank's) and `n`, 0 to V, is this shard's. Results are those of the whole rows,
+            to the bit the same on all ranks. Called twice, whatever the shapes.
 
     Returns:
-        (T,) divergence and cross-entropy (None without), float32, or float64 for a float64 student.
+        (2, T) divergence and cross-entropy (0 without), or (5, T) with the entropies of teacher and
+        student, in nats, at `temperature`, over the entries that the divergence sees, and 1 where
+        some entry is a maximum of both sides, else 0: NaN for kind "logits", which has no
+        distributions. 0 where the weight is. float32, or float64 for a float64 student.
     """
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    values = torch.zeros(weight.shape, dtype=dtype, device=student.device)
-    entropies = torch.zeros_like(values) if cross_entropy else None
+    values = torch.zeros((5 if diagnostics else 2, len(weight)), dtype=dtype, device=student.device)
     on_cpu = student.device.type == "cpu"  # elsewhere a decision on data would be a device sync
     weight = weight.to(dtype)
     all_count = on_cpu and bool((weight != 0).all())
+    if divergence.kind != "logits":
+        kd_scale = kd_scale / temperature
     # glibc's malloc learns from what it frees: after this it keeps the small temporaries' pages
     # instead of returning them to the system, which would cost page faults, the larger part of the
     # time, in every block.
     torch.empty(32_000_000, dtype=torch.uint8)
-    size = _block_rows(student)
+    size = min(_block_rows(student), max(1, len(weight)))
     # Allocated once: what is freed in between costs page faults again.
     scratch = torch.empty(
         (6 if divergence.kind == "mixed" else 4, size, n), dtype=dtype, device=student.device
     )
-    whole = (
-        torch.empty((2, size, student.shape[-1]), dtype=dtype, device=student.device)
-        if cross_entropy
-        else None
+    whole = torch.empty(
+        (2, size, student.shape[-1] if cross_entropy else 0), dtype=dtype, device=student.device
     )
-    for rows, s, t in _blocks(student, teacher, size):
-        w = weight[rows, None]
-        g = None if grad is None else grad[rows]
-        if on_cpu and not (all_count or w.any()):
-            if g is not None:
+
+    def blocks(grad):
+        """Those with rows that count; the gradient of the others is 0."""
+        for rows, s, t in _blocks(student, teacher, size):
+            w = weight[rows, None]
+            g = None if grad is None else grad[rows]
+            if not on_cpu or all_count or w.any():
+                yield rows, s, t, w, g, scratch[:, : len(s)], whole[:, : len(s)]
+            elif g is not None:
                 g.zero_()
-            continue
-        work = scratch[:, : len(s)]
-        if divergence.kind == "logits":
-            values[rows], slope = _logit_mse(s[:, :n], t[:, :n], divergence, work[0])
-            q = None
-        else:
-            a = _softmax(s[:, :n], temperature, *work[:2])
-            values[rows], slope = _value_and_slope(
-                a, s[:, :n], t[:, :n], divergence, temperature, work[2:]
-            )
-            q = a.p
-        if cross_entropy:
-            shared = q is not None and temperature == 1 and n == s.shape[-1]
-            b = a if shared else _softmax(s, 1.0, *whole[:, : len(s)])
+
+    if gather is not None:
+        _shards(
+            blocks, values, labels if cross_entropy else None, divergence, temperature, n,
+            kd_scale, ce_scale, grad, all_count, gather,
+        )  # fmt: skip
+    else:
+        _whole_rows(
+            blocks, values, labels if cross_entropy else None, divergence, temperature, n,
+            kd_scale, ce_scale, grad, all_count,
+        )  # fmt: skip
+    if diagnostics:
+        values[2:] = math.nan if divergence.kind == "logits" else values[2:].clamp(min=0)
+    return values.masked_fill_(weight == 0, 0)
+
+
+def _whole_rows(
+    blocks, values, labels, divergence, temperature, n, kd_scale, ce_scale, grad, all_count
+):
+    """One pass over the rows, into `values` and `grad`."""
+    diagnostics = len(values) == 5
+    for rows, s, t, w, g, work, work_1 in blocks(grad):
+        a, slope, measures = _terms(s[:, :n], t[:, :n], divergence, temperature, work, diagnostics)
+        values[0, rows] = measures[0].clamp_(min=0)
+        for row, measure in enumerate(measures[1:], 2):
+            values[row, rows] = measure
+        ce = None
+        if labels is not None:
+            shared = a is not None and temperature == 1 and n == s.shape[-1]
+            b = a if shared else _softmax(s, 1.0, *work_1)
             label = labels[rows, None].clamp(min=0)
-            at_label = s.gather(-1, label).to(dtype)
-            entropies[rows] = _cross_entropy(b, at_label)
-        if g is None:
-            continue
-        # Everything has been read: from here on, the gradient may overwrite the student.
-        out = g if g.dtype == dtype else torch.empty(g.shape, dtype=dtype, device=g.device)
-        kd = out[:, :n]
-        if q is None:
-            torch.mul(slope, kd_scale * w, out=kd)
+            values[1, rows] = _cross_entropy(b, s.gather(-1, label).to(values.dtype))
+            ce = b.p, label, w
+        if g is not None:
+            slope_sum = divergence.slope_sum
+            if slope_sum is None:
+                slope_sum = slope.sum(-1, keepdim=True)
+            _write_gradient(g, w, slope, a, slope_sum, kd_scale, ce, ce_scale, all_count)
+
+
+def _write_gradient(g, w, slope, a, slope_sum, kd_scale, ce, ce_scale, all_count):
+    """Of a block of rows. `a`: the student's softmax, or None for kind "logits". `ce`: None, or the
+    probabilities at T = 1, the label and its (rows, 1) share of the gradient, the row's weight."""
+    # Everything has been read: from here on, the gradient may overwrite the student.
+    out = g if g.dtype == w.dtype else torch.empty(g.shape, dtype=w.dtype, device=g.device)
+    n = slope.shape[-1]
+    kd = out[:, :n]
+    if a is None:
+        torch.mul(slope, kd_scale * w, out=kd)
+    else:
+        if torch.is_tensor(slope_sum):
+            torch.mul(a.p, -slope_sum, out=kd).add_(slope)
         else:
-            if divergence.slope_sum is None:
-                torch.mul(q, -slope.sum(-1, keepdim=True), out=kd).add_(slope)
-            else:
-                torch.add(slope, q, alpha=-divergence.slope_sum, out=kd)
-            kd.mul_(w * (kd_scale / temperature))
-        if n < out.shape[-1]:
-            out[:, n:].zero_()
-        if cross_entropy and ce_scale:
-            out.addcmul_(b.p, w, value=ce_scale)
-            out.scatter_add_(-1, label, -ce_scale * w)
-        if not all_count:
-            out.masked_fill_(w == 0, 0)  # an ignored row may hold anything, NaN too
-        if out is not g:
-            g.copy_(out)
-    ignored = weight == 0
-    values.masked_fill_(ignored, 0)
-    return values, None if entropies is None else entropies.masked_fill_(ignored, 0)
+            torch.add(slope, a.p, alpha=-slope_sum, out=kd)
+        kd.mul_(w * kd_scale)
+    if n < out.shape[-1]:
+        out[:, n:].zero_()
+    if ce is not None and ce_scale:
+        p, label, share = ce
+        out.addcmul_(p, w, value=ce_scale)
+        out.scatter_add_(-1, label, -ce_scale * share)
+    if not all_count:
+        out.masked_fill_(w == 0, 0)  # an ignored row may hold anything, NaN too
+    if out is not g:
+        g.copy_(out)
+
+
+def _shards(
+    blocks, values, labels, divergence, temperature, n, kd_scale, ce_scale, grad, all_count, gather
+):
+    """`dense` of vocabulary shards, into `values` and `grad`: a pass over all rows for each of the
+    kernels' three phases, and between them a gather."""
+    softmax, mixed = divergence.kind != "logits", divergence.kind == "mixed"
+    # (maximum, sum) of: student, teacher, student at T = 1, mixed logits; the label's logit. Kind
+    # "logits" has instead the number of entries and Σ of the differences, nothing and the number of
+    # differences.
+    stats = values.new_zeros((values.shape[1], 9))
+    stats[:, ::2] = -math.inf
+    if not softmax:
+        stats[:, 0] = n
+    for rows, s, t, _, _, work, work_1 in blocks(None):
+        x, y = s[:, :n], t[:, :n]
+        if n and softmax:
+            stats[rows, 0:2], dead_s = _statistics(x, temperature, *work[:2])
+            stats[rows, 2:4], dead_t = _statistics(y, temperature, *work[:2])
+            if mixed:
+                z = _mix(x, y, dead_s, dead_t, *divergence.mixing, work[0])
+                stats[rows, 6:8], _ = _statistics(z, temperature, *work[:2])
+        elif n:
+            dead, _ = _difference(x, y, work[0])
+            stats[rows, 1] = work[0].sum(-1)
+            stats[rows, 3] = n if dead is None else (~dead).sum(-1).to(stats.dtype)
+        if labels is not None:
+            stats[rows, 4:6], _ = _statistics(s, 1.0, *work_1)
+            label, here = _in_shard(labels[rows, None], s)
+            at_label = s.gather(-1, label).to(stats.dtype)
+            stats[rows, 8:] = at_label.masked_fill(~here, -math.inf)
+    stats = gather(stats)
+    known = _meet(stats[..., :8], temperature, softmax)
+    if labels is not None:  # of all rows at once: the same bits whatever a rank's blocks are
+        maximum, total = known[:, 4:5], known[:, 5:6]
+        log_total = total.masked_fill(total == 0, 1).log()
+        anchor = maximum * -(1 / LN_2)
+        values[1] = _surprise(maximum, anchor, log_total, stats[..., 8:].amax(0))
+
+    sums = values.new_zeros((values.shape[1], len(values) if softmax else 2))
+    late = divergence.slope_sum is None  # then the gradient waits for the third phase
+
+    def sweep(value, grad, slope_sum):
+        """The second phase or the third, the gradient in either."""
+        for rows, s, t, w, g, work, work_1 in blocks(grad):
+            a, slope = None, work[0]
+            if n:
+                a, slope, measures = _terms(
+                    s[:, :n], t[:, :n], divergence, temperature, work,
+                    value and sums.shape[1] == 5, known[rows],
+                )  # fmt: skip
+            if n and value:
+                sums[rows, 0] = measures[0]
+                for column, measure in enumerate(measures[1:], 2):
+                    sums[rows, column] = measure
+                if late:
+                    sums[rows, 1] = slope.sum(-1)
+            if g is not None:
+                ce = None
+                if labels is not None and ce_scale:
+                    label, here = _in_shard(labels[rows, None], s)
+                    ce = _softmax(s, 1.0, *work_1, known[rows, 4:6]).p, label, here * w
+                mean = slope_sum[rows] if torch.is_tensor(slope_sum) else slope_sum
+                _write_gradient(g, w, slope, a, mean, kd_scale, ce, ce_scale, all_count)
+
+    sweep(True, None if late else grad, divergence.slope_sum)
+    parts = gather(sums)
+    total = parts.sum(0).T
+    if late and grad is not None:
+        sweep(False, grad, total[1, :, None])
+    values[0] = total[0].clamp(min=0)
+    if len(total) == 5:
+        values[2:] = total[2:]
+        values[4].clamp_(max=1)  # a maximum on several shards is one agreement
+
+
+def _in_shard(label, s):
+    """(rows, 1) labels that can be looked up in this shard, and whether they are in it."""
+    inside = label.clamp(0, s.shape[-1] - 1)
+    return inside, inside == label
+
+
+def _statistics(logits, temperature, x, p):
+    """(rows, 2) maximum, -inf without support, and Σ 2^(anchor + logits / (T log 2)); the dead
+    entries or None. `x` and `p` are overwritten."""
+    maximum, _, dead = _exponentials(logits, temperature, x, p)
+    total = p.sum(-1, keepdim=True)
+    return torch.cat([maximum.masked_fill(total == 0, -math.inf), total], -1), dead
+
+
+def _meet(stats, temperature, softmax):
+    """(T, 8) statistics of whole rows from (world, T, 8) of their shards; a maximum without support
+    is 0."""
+    known = torch.empty_like(stats[0])
+    for side in range(4):
+        scale = 1 / ((1.0 if side == 2 else temperature) * LN_2)
+        high, part = stats[..., 2 * side], stats[..., 2 * side + 1]
+        maximum = high.amax(0)
+        maximum.masked_fill_(maximum == -math.inf, 0)
+        known[:, 2 * side] = maximum
+        # Between anchors as they were rounded.
+        rescaled = part * torch.exp2(maximum * -scale - high * -scale)
+        known[:, 2 * side + 1] = rescaled.sum(0)
+    if not softmax:
+        known[:, :4] = stats[..., :4].sum(0)
+    return known
 
 
 def _block_rows(student) -> int:
-    threads = torch.get_num_threads() if student.device.type == "cpu" else 64
-    return max(1, threads * BLOCK_ENTRIES // student.shape[-1])
+    return block_rows(student.shape[-1], student.device)
+
+
+def block_rows(V: int, device: torch.device) -> int:
+    """How many rows are worked on at a time; each takes up to `BUFFERS` fp32 numbers an entry."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 64
+    return max(1, threads * BLOCK_ENTRIES // V)
 
 
 def _blocks(student, teacher, size: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -180,12 +330,33 @@ class _Softmax(NamedTuple):
     empty: torch.Tensor | None  # (rows,) without any support
 
 
-def _softmax(logits, temperature, x, p) -> _Softmax:
-    """Into `x` and `p`."""
-    dead = empty = None
+def _softmax(logits, temperature, x, p, known=None) -> _Softmax:
+    """Into `x` and `p`. `known`: (rows, 2) maximum and sum of the rows that these are shards of."""
+    maximum, anchor, dead = _exponentials(
+        logits, temperature, x, p, None if known is None else known[:, :1]
+    )
+    total = p.sum(-1, keepdim=True) if known is None else known[:, 1:]
+    empty = None
+    if dead is not None:
+        empty = total.squeeze(-1) == 0
+        total = total.masked_fill(total == 0, 1)
+    log_total = total.log()
+    # Not 1 / total: what is rounded away from log_total must be missing from both p and log_p.
+    p.mul_(torch.exp(-log_total.double()).to(p.dtype))
+    torch.add(-log_total, x, alpha=LN_2, out=x)
+    if dead is not None:
+        x.masked_fill_(dead, LOG_FLOOR)
+    return _Softmax(x, p, maximum, anchor, log_total, dead, empty)
+
+
+def _exponentials(logits, temperature, x, p, maximum=None):
+    """anchor + logits / (T log 2) into `x` and 2^x into `p`; the (rows, 1) maximum, which is
+    measured where it is not given, the anchor, and the dead entries or None."""
+    dead = None
     z = logits if logits.dtype == x.dtype else x.copy_(logits)
-    maximum = z.amax(-1, keepdim=True)
-    maximum.masked_fill_(maximum <= DEAD, 0)
+    if maximum is None:
+        maximum = z.amax(-1, keepdim=True)
+        maximum.masked_fill_(maximum <= DEAD, 0)
     scale = 1 / (temperature * LN_2)
     anchor = maximum * -scale
     # One fused multiply-add: its only rounding is the anchor's, which cancels in p.
@@ -196,39 +367,49 @@ def _softmax(logits, temperature, x, p) -> _Softmax:
         dead = (x if x.data_ptr() == logits.data_ptr() else logits) <= DEAD
         x.masked_fill_(dead, -math.inf)
     torch.exp2(x, out=p)
-    total = p.sum(-1, keepdim=True)
-    if dead is not None:
-        empty = total.squeeze(-1) == 0
-        total.masked_fill_(total == 0, 1)
-    log_total = total.log()
-    # Not 1 / total: what is rounded away from log_total must be missing from both p and log_p.
-    p.mul_(torch.exp(-log_total.double()).to(p.dtype))
-    torch.add(-log_total, x, alpha=LN_2, out=x)
-    if dead is not None:
-        x.masked_fill_(dead, LOG_FLOOR)
-    return _Softmax(x, p, maximum, anchor, log_total, dead, empty)
+    return maximum, anchor, dead
 
 
 def _cross_entropy(a: _Softmax, at_label):
     """(rows,) -log softmax(logits)[label] at temperature 1, of (rows, 1) logits of the labels."""
-    scale = torch.tensor(1 / LN_2, dtype=a.p.dtype)
-    rounding = a.maximum.double() * scale.double() + a.anchor.double()
-    log_total = a.log_total - (rounding * LN_2).to(a.p.dtype)
-    return (log_total + (a.maximum - at_label)).squeeze(-1)
+    return _surprise(a.maximum, a.anchor, a.log_total, at_label)
 
 
-def _value_and_slope(a: _Softmax, s, t, divergence: Divergence, temperature, work):
-    b = _softmax(t, temperature, *work[:2])
+def _surprise(maximum, anchor, log_total, at_label):
+    scale = torch.tensor(1 / LN_2, dtype=maximum.dtype)
+    rounding = maximum.double() * scale.double() + anchor.double()
+    log_total = log_total - (rounding * LN_2).to(maximum.dtype)
+    return (log_total + (maximum - at_label)).squeeze(-1)
+
+
+def _terms(s, t, divergence: Divergence, temperature, work, diagnostics, known=None):
+    """The student's softmax (None for kind "logits"), the slopes, and a list of (rows,) values
+    and with `diagnostics` entropies and agreement. `known`: (rows, 8) statistics of the rows that
+    these are shards of."""
+    if divergence.kind == "logits":
+        value, slope = _logit_mse(s, t, divergence, work[0], known)
+        return None, slope, [value]
+    a, b = (
+        _softmax(x, temperature, *work[i : i + 2], None if known is None else known[:, i : i + 2])
+        for i, x in ((0, s), (2, t))
+    )
     sides = (b.log_p, a.log_p, b.p, a.p)
     empty = [a.empty, b.empty]
     if divergence.kind == "mixed":
-        mixed = _mix(s, t, a, b, *divergence.mixing, work[2])
-        c = _softmax(mixed, temperature, *work[2:])
+        mixed = _mix(s, t, a.dead, b.dead, *divergence.mixing, work[4])
+        c = _softmax(mixed, temperature, *work[4:], None if known is None else known[:, 6:])
         sides = (b.log_p, a.log_p, c.log_p, b.p, a.p, c.p)
         empty.append(c.empty)
-    infinite = _infinite(a, b, empty, divergence)  # before the term overwrites what it is given
+    # Before the term overwrites what it is given:
+    infinite = _infinite(a, b, empty, divergence)
+    measures = []
+    if diagnostics:
+        measures = [-(side.p * side.log_p).sum(-1) for side in (b, a)]
+        agree = (s.to(a.p.dtype) == a.maximum) & (t.to(b.p.dtype) == b.maximum)
+        measures.append(agree.any(-1).to(a.p.dtype))
     value, slope = divergence.term(*sides)
-    return value if infinite is None else value.masked_fill(infinite, math.inf), slope
+    value = value if infinite is None else value.masked_fill(infinite, math.inf)
+    return a, slope, [value, *measures]
 
 
 def _infinite(a: _Softmax, b: _Softmax, empty, divergence: Divergence):
@@ -247,36 +428,48 @@ def _infinite(a: _Softmax, b: _Softmax, empty, divergence: Divergence):
     return infinite
 
 
-def _mix(s, t, a: _Softmax, b: _Softmax, mix_s: float, mix_t: float, mixed):
+def _mix(s, t, dead_s, dead_t, mix_s: float, mix_t: float, mixed):
     """Mixed logits; an entry that is dead on a side that counts is dead."""
     mixed.zero_()
     for logits, weight in ((s, mix_s), (t, mix_t)):
         if weight:
             mixed.add_(logits, alpha=weight)
-    for side, weight in ((a, mix_s), (b, mix_t)):
-        if weight and side.dead is not None:
-            mixed.masked_fill_(side.dead, -math.inf)
+    for dead, weight in ((dead_s, mix_s), (dead_t, mix_t)):
+        if weight and dead is not None:
+            mixed.masked_fill_(dead, -math.inf)
     return mixed
 
 
-def _logit_mse(s, t, divergence, difference):
+def _logit_mse(s, t, divergence, difference, known=None):
     """(rows,) values and the gradient of divergence kind "logits"; entries that are dead on either
-    side are left out of both sums."""
+    side are left out of both sums. `known`: as in `_terms`."""
+    dead, outside = _difference(s, t, difference)
+    entries = s.shape[-1] if known is None else known[:, :1]
+    if divergence.centered:
+        if known is not None:
+            total, alive = known[:, 1:2], known[:, 3:4].clamp(min=1)
+        else:
+            total = difference.sum(-1, keepdim=True)
+            alive = entries if dead is None else (~dead).sum(-1, keepdim=True).clamp(min=1)
+        difference.sub_(total / alive)
+        if dead is not None:
+            difference.masked_fill_(dead, 0)
+    value = (difference.square().sum(-1, keepdim=True) / entries).squeeze(-1)
+    if outside is not None:
+        value.masked_fill_(outside, math.inf)
+    return value, difference.mul_(2 / entries)
+
+
+def _difference(s, t, difference):
+    """s - t into `difference`; the entries that are dead on either side, where it is 0, and the
+    rows with one that is dead on one side only, or None and None."""
     if s.dtype == t.dtype == difference.dtype:
         torch.sub(s, t, out=difference)
     else:
         difference.copy_(s).sub_(t)
-    dead = None
-    if s.device.type != "cpu" or not (s.amin() > DEAD and t.amin() > DEAD):
-        dead_s, dead_t = s <= DEAD, t <= DEAD
-        dead = dead_s | dead_t
-        difference.masked_fill_(dead, 0)
-    if divergence.centered:
-        alive = s.shape[-1] if dead is None else (~dead).sum(-1, keepdim=True).clamp(min=1)
-        difference.sub_(difference.sum(-1, keepdim=True) / alive)
-        if dead is not None:
-            difference.masked_fill_(dead, 0)
-    value = difference.square().sum(-1) / s.shape[-1]
-    if dead is not None:
-        value.masked_fill_((dead_s != dead_t).any(-1), math.inf)
-    return value, difference.mul_(2 / s.shape[-1])
+    if s.device.type == "cpu" and s.amin() > DEAD and t.amin() > DEAD:
+        return None, None
+    dead_s, dead_t = s <= DEAD, t <= DEAD
+    dead = dead_s | dead_t
+    difference.masked_fill_(dead, 0)
+    return dead, (dead_s != dead_t).any(-1)

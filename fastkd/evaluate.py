@@ -53,9 +53,8 @@ def evaluate(
         parts = kd_loss(
             s, t, labels, shift=True, reduction="sum", vocab="shared", return_parts=True
         )
-        n = min(s.shape[-1], t.shape[-1])
-        agreements = ((s[..., :n].argmax(-1) == t[..., :n].argmax(-1)) & counts).sum()
-        sums[1:] += torch.stack([parts.cross_entropy, parts.divergence, agreements]).float().cpu()
+        scores = [parts.cross_entropy, parts.divergence, parts.top1_agreement]
+        sums[1:] += torch.stack(scores).float().cpu()
     student.train(was_training)
     tokens, entropy, kl, agreements = accelerator.reduce(
         sums.to(accelerator.device), "sum"

@@ -1,47 +1,62 @@
 """`kd_loss`: two next-token distributions over a huge vocabulary compared, without a probability
 tensor.
 
-Top-down: the function and its module, the checks, the autograd function, the operator that picks a
-backend.
+Top-down: the function and its module, the checks, the autograd function. What is compared comes
+from sources.py; compare.py walks over its rows.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import divergences, eager
+from fastkd import compare, divergences, shards
+from fastkd.compare import WORKSPACE_BYTES, Settings
 from fastkd.divergences import Divergence
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from fastkd.sources import (
+    INTEGERS,
+    Dense,
+    Ensemble,
+    LMHead,
+    Source,
+    TopK,
+    as_source,
+    shape_of,
+)
 
 
 class KDParts(NamedTuple):
     """What `kd_loss(return_parts=True)` returns; all but the loss are detached, on the device, and
-    cost no sync.
+    cost no sync. All are reduced like the loss, n_tokens apart.
 
     Attributes:
         loss: as without `return_parts`.
-        divergence: D, reduced like the loss, without alpha and c(T).
-        cross_entropy: of the student with the labels, reduced like the loss; None without labels.
+        divergence: D, without alpha and c(T).
+        cross_entropy: of the student with the labels; None without labels.
         n_tokens: how many positions count, 0-d int64.
+        teacher_entropy, student_entropy: in nats, at the loss's temperature, over the entries that
+            the divergence sees; a top-k teacher's is of its outcomes. None for LogitMSE.
+        top1_agreement: 1 where an entry is a maximum of both sides. None for LogitMSE.
+        teacher_mass: of a top-k teacher, what its entries hold; else None.
     """
 
     loss: Tensor
     divergence: Tensor
     cross_entropy: Tensor | None
     n_tokens: Tensor
+    teacher_entropy: Tensor | None = None
+    student_entropy: Tensor | None = None
+    top1_agreement: Tensor | None = None
+    teacher_mass: Tensor | None = None
 
 
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | LMHead,
+    teacher: Tensor | LMHead | TopK | Ensemble,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -69,14 +84,15 @@ def kd_loss(
     the backward pass.
 
     Args:
-        student: (..., V) logits; fp32, bf16 or fp16 (arithmetic in fp32), or fp64. Differentiated.
-        teacher: (..., V) logits of the same leading shape, of any of these types; never
-        differentiated.
+        student: (..., V) logits, fp32, bf16 or fp16 (arithmetic in fp32) or fp64; or an `LMHead`.
+            Differentiated.
+        teacher: logits of the same leading shape, of any of these types, an `LMHead`, a `TopK` or
+            an `Ensemble`; never differentiated.
         labels: (...) integers. Positions equal to `ignore_index` count nowhere.
         divergence: a name ("forward_kl", "reverse_kl", "jsd", …) or an object,
-        `SkewForwardKL(teacher_weight=0.1)`.
+            `SkewForwardKL(teacher_weight=0.1)`.
         temperature: T > 0; divides both sides' logits in the divergence, never in the
-        cross-entropy.
+            cross-entropy.
         alpha: weight of the divergence, in [0, 1]; below 1 needs labels.
         token_weight: (...) bool or float weights w, on top of `ignore_index`.
         reduction: "mean", "sum" of w l, or "none": w l for every position, (...).
@@ -89,11 +105,16 @@ def kd_loss(
         vocab: "strict": both vocabularies have one size; "shared": both are cut to the smaller; an
             int: to the first n entries. The cut is made before the softmax; the cross-entropy sees
             the student's whole row.
-        group: reserved for vocabulary shards; must be None.
+        group: a `torch.distributed` group whose ranks each hold one contiguous shard of the
+            vocabulary, in rank order: of the logits, or of the LM head's weight and bias, the same
+            entries on both sides ("shared" cuts each shard). Everything else, labels with global
+            ids too, is the same on all ranks, and so is the result. A hidden state's gradient is
+            summed over the ranks. Implied by DTensors that are sharded along the vocabulary.
         inplace: the gradient may overwrite the student's logits, which saves a (T, V) buffer.
             Nothing may read the logits afterwards; autograd complains if something saved them.
-            Ignored under torch.compile.
-        workspace_bytes: budget for LM heads; dense logits need none.
+            Ignored under torch.compile and by an `LMHead`, which never needs that buffer.
+        workspace_bytes: what the logits of one chunk may take where they are made here, by LM heads
+            and ensembles; 512 MiB. Dense logits need none.
         return_parts: return `KDParts`.
 
     Returns:
@@ -103,60 +124,51 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the shapes, dtypes or values received, before any work. Labels
-            out of range raise ValueError on the CPU and a device assertion on a GPU, without a
-            sync.
+            or top-k ids out of range, and ids that repeat, raise ValueError on the CPU and a device
+            assertion on a GPU, without a sync.
 
     Memory:
-        One buffer of the student's shape and type, the gradient (none with `inplace`, or without
-        gradients), and a few numbers per row. An fp16 student's gradient is computed in the
-        backward pass, so that the upstream factor (loss scaling) is applied before the cast; the
-        logits of both sides are kept until then.
+        Dense logits: one buffer of the student's shape and type, the gradient (none with `inplace`,
+        or without gradients), and a few numbers per row. `LMHead`: one chunk's logits, the
+        gradients of what requires one, and, where a head of low precision is trained in several
+        chunks, its gradient in fp32. An fp16 student's gradient, and an `LMHead`'s under reduction
+        "none", is computed in the backward pass, where the upstream factor (loss scaling) is known;
+        the inputs of both sides are kept until then, and an `LMHead`'s logits are made twice.
     """
+    _check_settings(temperature, alpha, reduction, num_items, workspace_bytes)
     d = divergences.get(divergence)
-    if shift and isinstance(student, Tensor) and student.dim() < 2:
-        raise ValueError(f"shift needs (..., length, V) logits, got shape {tuple(student.shape)}")
-    n = _check(
-        student,
-        teacher,
-        labels,
-        d,
-        temperature,
-        alpha,
-        token_weight,
-        reduction,
-        num_items,
-        vocab,
-        group,
-    )
-    labels = None if labels is None else labels.long()
-    leading, V = student.shape[:-1], student.shape[-1]
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if group is None:
+        student, teacher, group = shards.from_dtensors(student, teacher)
+    group = "" if group is None else shards.name_of(group)
+    s, t = as_source("student", student), as_source("teacher", teacher)
+    _check_sources(s, t, d, temperature, group)
+    _check_rows(s, labels, token_weight, alpha)
+    n = _check_vocabulary(s, t, vocab, group)
+    leading, V = s.leading, s.entries
+    if shift and not leading:
+        raise ValueError(f"shift needs (..., length, V) logits, got shape {s.shape}")
+    dtype = torch.float64 if s.dtype == torch.float64 else torch.float32
 
     weight = (
-        torch.ones(leading, dtype=dtype, device=student.device)
+        torch.ones(leading, dtype=dtype, device=s.device)
         if token_weight is None
         else token_weight.to(dtype)
     )
+    labels = None if labels is None else labels.long()
     if shift:
         weight = F.pad(weight[..., 1:], (0, 1))
         labels = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if labels is not None:
         ignored = labels == ignore_index
-        _check_range(labels, ignored, V)
+        sizes = shards.sizes(V, group, labels) if group else None
+        _check_range("labels", labels, ignored, V if sizes is None else sizes.sum())
         weight = weight.masked_fill(ignored, 0)
         labels = labels.masked_fill(ignored, 0).reshape(-1)
-    if student.numel() == 0:
-        nothing = student.sum(-1).to(dtype) * 0
-        loss = nothing if reduction == "none" else nothing.sum()
-        parts = KDParts(
-            loss,
-            loss.detach(),
-            None if labels is None else loss.detach(),
-            loss.new_zeros((), dtype=torch.int64),
-        )
-        return parts if return_parts else loss
-
+        if group:  # this shard's own numbering
+            rank = torch.distributed.get_rank(shards.resolve(group))
+            labels = labels - sizes[:rank].sum()
     weight = weight.reshape(-1).contiguous()
+
     if reduction == "mean":
         total = weight.sum() if num_items is None else num_items
         coefficient = (
@@ -168,22 +180,35 @@ def kd_loss(
         coefficient = weight
     c = d.compensation(temperature) if compensate else 1.0
     wants_entropy = labels is not None and (alpha < 1 or return_parts)
-    loss, value, entropy = _Loss.apply(
-        student, teacher, labels if wants_entropy else None, coefficient,
-        *divergences.pack(d), float(temperature), n, float(alpha * c), float(1 - alpha),
-        student.requires_grad and torch.is_grad_enabled(),
-        inplace and not torch.compiler.is_compiling(),
+    student_spec, student_tensors = s.pack()
+    teacher_spec, teacher_tensors = t.pack()
+    settings = Settings(
+        student_spec, teacher_spec, *divergences.pack(d), float(temperature), n, float(alpha * c),
+        float(1 - alpha), return_parts, workspace_bytes or WORKSPACE_BYTES, group,
     )  # fmt: skip
-
-    def reduce(rows: Tensor) -> Tensor:
-        return rows.view(leading) if reduction == "none" else rows.sum()
-
-    loss = reduce(loss)
+    loss, rows = _Loss.apply(
+        labels if wants_entropy else None, coefficient, settings,
+        [x.requires_grad and torch.is_grad_enabled() for x in student_tensors],
+        reduction == "none",
+        inplace and isinstance(s, Dense) and student.is_contiguous()
+        and not torch.compiler.is_compiling(),
+        *student_tensors, *teacher_tensors,
+    )  # fmt: skip
+    loss = loss.view(leading) if reduction == "none" else loss
     if not return_parts:
         return loss
-    value = reduce(value * coefficient)
-    entropy = reduce(entropy * coefficient) if wants_entropy else None
-    return KDParts(loss, value, entropy, (weight != 0).sum())
+    rows = rows * coefficient
+    rows = rows.unflatten(1, leading) if reduction == "none" else rows.sum(1)
+    parts = dict(zip(compare.ROWS, rows, strict=False))
+    entropies = (parts["teacher_entropy"], parts["student_entropy"], parts["agreement"])
+    return KDParts(
+        loss,
+        parts["divergence"],
+        parts["cross_entropy"] if wants_entropy else None,
+        (weight != 0).sum(),
+        *((None, None, None) if d.kind == "logits" else entropies),
+        parts.get("teacher_mass"),
+    )
 
 
 class KDLoss(torch.nn.Module):
@@ -205,13 +230,14 @@ class KDLoss(torch.nn.Module):
         self.settings = {name: kd_loss.__kwdefaults__[name] for name in sorted(known)} | settings
         self.settings["divergence"] = divergences.get(self.settings["divergence"])
         _check_settings(
-            self.settings["temperature"], self.settings["alpha"], self.settings["reduction"]
+            *(self.settings[k] for k in ("temperature", "alpha", "reduction")),
+            workspace_bytes=self.settings["workspace_bytes"],
         )
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Tensor | LMHead,
+        teacher: Tensor | LMHead | TopK | Ensemble,
         labels: Tensor | None = None,
         *,
         token_weight: Tensor | None = None,
@@ -235,7 +261,7 @@ class KDLoss(torch.nn.Module):
         return ", ".join(f"{k}={v}" for k, v in changed.items())
 
 
-def _check_settings(temperature, alpha, reduction) -> None:
+def _check_settings(temperature, alpha, reduction, num_items=None, workspace_bytes=None) -> None:
     for name, value in (("temperature", temperature), ("alpha", alpha)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -245,56 +271,110 @@ def _check_settings(temperature, alpha, reduction) -> None:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-
-
-def _check(
-    student,
-    teacher,
-    labels,
-    divergence,
-    temperature,
-    alpha,
-    token_weight,
-    reduction,
-    num_items,
-    vocab,
-    group,
-) -> int:
-    """Raise what the contract promises; return how many entries the divergence sees."""
-    _check_settings(temperature, alpha, reduction)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor of logits, got {type(x).__name__}")
-        if x.dtype not in FLOATS:
+    if workspace_bytes is not None:
+        if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
             raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64 logits, got {x.dtype}"
+                f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}"
             )
-        if x.dim() == 0 or x.shape[-1] == 0:
+        if workspace_bytes <= 0:
+            raise ValueError(f"workspace_bytes must be positive, got {workspace_bytes}")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items divides under reduction 'mean' only, got reduction {reduction!r}"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
             raise ValueError(
-                f"{name} must be (..., V) logits with V > 0, got shape {tuple(x.shape)}"
+                f"num_items must be a number or a 0-d tensor, got shape {shape_of(num_items)}"
             )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(
-            f"student and teacher must agree in all dimensions but the last, got shapes {shapes}"
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(
+            f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}"
         )
-    if teacher.requires_grad:
+    elif num_items < 0:
+        raise ValueError(f"num_items must not be negative, got {num_items}")
+
+
+def _check_sources(s: Source, t: Source, d: Divergence, temperature: float, group: str) -> None:
+    if not isinstance(s, (Dense, LMHead)):
+        raise TypeError(f"student must be a tensor of logits or an LMHead, got {type(s).__name__}")
+    for source in (s, t):
+        source.dtype  # noqa: B018 - raises where the dtypes of an LM head disagree
+    if s.leading != t.leading:
         raise ValueError(
-            "the teacher is never differentiated, but its logits require grad:"
-            " compute them under no_grad"
+            "student and teacher must agree in all dimensions but the last, got shapes"
+            f" {s.shape} and {t.shape}"
         )
-    for name, x in (("teacher", teacher), ("labels", labels), ("token_weight", token_weight)):
-        if isinstance(x, Tensor) and x.device != student.device:
-            raise ValueError(f"{name} is on {x.device}, the student on {student.device}")
+    if t.device != s.device:
+        raise ValueError(f"teacher is on {t.device}, the student on {s.device}")
+    _check_constant(t)
+    members = _members(t)
+    if group and not all(isinstance(x, (Dense, LMHead)) for x in members):
+        raise ValueError("with group=, teachers must be shards of logits or LM heads, not TopK")
+    if group and isinstance(t, Ensemble) and t.mode == "probabilities":
+        raise ValueError("with group=, an Ensemble must mix logits: mode='logits'")
+    if d.kind == "logits" and (
+        any(isinstance(x, TopK) for x in members)
+        or (isinstance(t, Ensemble) and t.mode == "probabilities")
+    ):
+        raise ValueError(f"{d} compares logits, of which {type(t).__name__} has none")
+    if isinstance(t, TopK):
+        _check_topk(t, d, temperature)
+
+
+def _check_topk(t: TopK, d: Divergence, temperature: float) -> None:
+    if d.plain is None:
+        raise ValueError(
+            f"{d} is no sum over outcomes that may be pooled, as a top-k teacher's tail is"
+        )
+    if t.tail == "renormalize" and d.infinite_p:
+        raise ValueError(
+            f"{d} is infinite where the teacher has no mass: outside a renormalised top-k teacher"
+            " everywhere; use tail='bucket'"
+        )
+    if t.tail != "renormalize" and temperature != t.temperature:
+        raise ValueError(
+            f"the top-k log-probabilities are at temperature {t.temperature}, the loss at"
+            f" {temperature}: exact only with tail='renormalize', got tail={t.tail!r}"
+        )
+
+
+def _members(t: Source) -> list[Source]:
+    if not isinstance(t, Ensemble):
+        return [t]
+    return [x for member in t.teachers for x in _members(member)]
+
+
+def _check_constant(t: Source) -> None:
+    """An LM head's own weight may be trained elsewhere, tied to the student's even: here it is a
+    constant."""
+    for source in _members(t):
+        for what, x in (
+            ("logits", getattr(source, "tensor", None)),
+            ("hidden state", getattr(source, "hidden", None)),
+            ("log-probabilities", getattr(source, "logprobs", None)),
+        ):
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"the teacher is never differentiated, but its {what} require grad: compute"
+                    " them under no_grad"
+                )
+
+
+def _check_rows(s: Source, labels, token_weight, alpha) -> None:
+    for name, x in (("labels", labels), ("token_weight", token_weight)):
+        if isinstance(x, Tensor) and x.device != s.device:
+            raise ValueError(f"{name} is on {x.device}, the student on {s.device}")
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
             got = getattr(labels, "dtype", type(labels).__name__)
             raise TypeError(f"labels must be an integer tensor, got {got}")
-        if labels.shape != student.shape[:-1]:
-            expected, got = tuple(student.shape[:-1]), tuple(labels.shape)
+        if labels.shape != s.leading:
             raise ValueError(
                 "labels must have the shape of the logits without the last dimension,"
-                f" {expected}, got {got}"
+                f" {tuple(s.leading)}, got {shape_of(labels)}"
             )
     elif alpha < 1:
         raise ValueError(f"alpha = {alpha} mixes in the cross-entropy, which needs labels")
@@ -304,114 +384,121 @@ def _check(
         ):
             got = getattr(token_weight, "dtype", type(token_weight).__name__)
             raise TypeError(f"token_weight must be a bool or float tensor, got {got}")
-        if token_weight.shape != student.shape[:-1]:
-            expected, got = tuple(student.shape[:-1]), tuple(token_weight.shape)
-            raise ValueError(f"token_weight must have the shape {expected}, got {got}")
+        if token_weight.shape != s.leading:
+            raise ValueError(
+                f"token_weight must have the shape {tuple(s.leading)}, got {shape_of(token_weight)}"
+            )
         if token_weight.requires_grad:
             raise ValueError("token_weight is not differentiated, but requires grad: detach it")
-    if num_items is not None:
-        if reduction != "mean":
-            raise ValueError(
-                f"num_items divides under reduction 'mean' only, got reduction {reduction!r}"
-            )
-        if not isinstance(num_items, Tensor) and (
-            isinstance(num_items, bool) or not isinstance(num_items, (int, float))
-        ):
-            raise TypeError(
-                f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}"
-            )
-        if isinstance(num_items, Tensor) and num_items.dim() != 0:
-            raise ValueError(
-                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
-            )
-        if not isinstance(num_items, Tensor) and num_items < 0:
-            raise ValueError(f"num_items must not be negative, got {num_items}")
-    if group is not None:
-        raise ValueError(
-            "vocabulary shards (group=) are not supported yet: pass whole rows of logits"
-        )
-    V_s, V_t = student.shape[-1], teacher.shape[-1]
+
+
+def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
+    """How many entries the divergence sees, of this shard."""
+    V = s.entries
+    members = _members(t)
+    smallest = min([V, *(x.entries for x in members if x.entries is not None)])
     if vocab == "strict":
-        if V_s != V_t:
-            raise ValueError(
-                f"the vocabularies differ: student {V_s}, teacher {V_t} entries."
-                f" If the first {min(V_s, V_t)} are the same tokens (padding columns),"
-                " pass vocab='shared'; else the two models need one tokenizer"
-            )
-        return V_s
-    if vocab == "shared":
-        return min(V_s, V_t)
-    if isinstance(vocab, bool) or not isinstance(vocab, int):
+        for x in members:
+            if x.entries not in (None, V):
+                raise ValueError(
+                    f"the vocabularies differ: student {V}, teacher {x.entries} entries."
+                    f" If the first {smallest} are the same tokens (padding columns),"
+                    " pass vocab='shared'; else the two models need one tokenizer"
+                )
+        n = V
+    elif vocab == "shared":
+        n = smallest
+    elif isinstance(vocab, bool) or not isinstance(vocab, int):
         raise ValueError(f"vocab must be 'strict', 'shared' or a number of entries, got {vocab!r}")
-    if not 1 <= vocab <= min(V_s, V_t):
+    elif group:
+        n = shards.cut(vocab, smallest, group, s.device)
+    elif not 1 <= vocab <= smallest:
+        sizes = ", ".join(str(x.entries) for x in members if x.entries is not None)
         raise ValueError(
-            f"vocab must be between 1 and {min(V_s, V_t)} (student {V_s}, teacher {V_t}),"
-            f" got {vocab}"
+            f"vocab must be between 1 and {smallest} (student {V}, teacher {sizes}), got {vocab}"
         )
-    return vocab
-
-
-def _check_range(labels: Tensor, ignored: Tensor, V: int) -> None:
-    inside = ignored | ((labels >= 0) & (labels < V))
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not inside.all():
-            bad = labels[~inside].unique().tolist()
-            raise ValueError(
-                f"labels must be in [0, {V}) or ignore_index,"
-                f" got {bad[:8]}{'…' if len(bad) > 8 else ''}"
+    else:
+        n = vocab
+    for x in members:
+        if isinstance(x, TopK):
+            # Under "strict" an id beyond the vocabulary is a mistake; a cut leaves it out.
+            absent = x.ids < 0 if vocab == "strict" else (x.ids < 0) | (x.ids >= n)
+            _check_range("top-k ids", x.ids, absent, n)
+            ordered = torch.where(x.ids < 0, -1, x.ids.long()).sort(-1).values
+            repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+            _require(
+                ~repeated, "top-k ids must be distinct in a row, got {} twice", ordered[..., 1:]
             )
-    elif labels.device.type in ("cpu", "cuda"):
-        torch._assert_async(inside.all(), f"fastkd: labels must be in [0, {V}) or ignore_index")
+    return n
+
+
+def _check_range(what: str, ids: Tensor, ignored: Tensor, V: int | Tensor) -> None:
+    absent = "ignore_index" if what == "labels" else "-1"
+    inside = ignored | ((ids >= 0) & (ids < V))
+    _require(inside, f"{what} must be in [0, {V}) or {absent}, got {{}}", ids)
+
+
+def _require(holds: Tensor, message: str, values: Tensor) -> None:
+    """Raise on the CPU, assert on the device elsewhere: no sync."""
+    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not holds.all():
+            bad = values[~holds].unique().tolist()
+            raise ValueError(message.format(f"{bad[:8]}{'…' if len(bad) > 8 else ''}"))
+    elif holds.device.type in ("cpu", "cuda"):
+        torch._assert_async(holds.all(), "fastkd: " + message.format("others"))
 
 
 class _Loss(torch.autograd.Function):
-    """Weighted losses of T rows. The gradient is computed forwards, once per weight; backwards it
-    is only scaled."""
+    """Weighted losses of T rows, or their sum. The gradients are computed forwards, once per
+    weight; backwards they are only scaled."""
 
     @staticmethod
-    def forward(
-        ctx, student, teacher, labels, weight,
-        name, numbers, temperature, n, kd_scale, ce_scale, wants_grad, inplace,
-    ):  # fmt: skip
-        # fp16 loses small gradients in a cast before the upstream factor is known: it takes the
-        # gradient backwards.
-        later = wants_grad and student.dtype == torch.float16
-        now = wants_grad and not later
-        ctx.settings = (name, numbers, temperature, n, kd_scale, ce_scale)
-        ctx.later, ctx.inplace, ctx.shape = later, inplace, student.shape
-        value, entropy, grad = _run(student, teacher, labels, weight, ctx.settings, now, inplace)
+    def forward(ctx, labels, weight, settings, wants, per_row, inplace, *tensors):
+        count = len(wants)
+        student, teacher = list(tensors[:count]), list(tensors[count:])
+        # In the backward pass, where the upstream factors are known: fp16 would lose small
+        # gradients in a cast before, and a weight's gradient cannot be scaled row by row after.
+        later = any(wants) and (student[0].dtype == torch.float16 or (per_row and count > 1))
+        now = [False] * count if later else wants
+        rows, grads = compare.compare(student, teacher, labels, weight, settings, now, inplace)
+        ctx.settings, ctx.wants, ctx.later, ctx.inplace = settings, wants, later, inplace
+        ctx.shapes, ctx.teachers = [x.shape for x in student], len(teacher)
         if later:
-            ctx.save_for_backward(student, teacher, labels, weight)
-        elif now:
-            ctx.save_for_backward(grad)
-        loss = torch.zeros_like(value)
-        if kd_scale:
-            loss = loss + kd_scale * value
-        if ce_scale:
-            loss = loss + ce_scale * entropy
+            ctx.save_for_backward(labels, weight, *tensors)
+        elif any(wants):
+            ctx.save_for_backward(*grads)
+        loss = torch.zeros_like(rows[0])
+        for row, scale in ((0, settings.kd_scale), (1, settings.ce_scale)):
+            if scale:
+                loss = loss + scale * rows[row]
         loss = loss * weight
-        ctx.mark_non_differentiable(value, entropy)
-        return loss, value, entropy
+        ctx.mark_non_differentiable(rows)
+        return loss if per_row else loss.sum(), rows
 
     @staticmethod
-    def backward(ctx, upstream, _value, _entropy):
+    def backward(ctx, upstream, _rows):
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        upstream = upstream.detach()
+        upstream, count = upstream.detach(), len(ctx.wants)
         if ctx.later:
-            student, teacher, labels, weight = ctx.saved_tensors
-            grad = _run(
-                student, teacher, labels, weight * upstream, ctx.settings, True, ctx.inplace
-            )[2]
+            labels, weight, *tensors = ctx.saved_tensors
+            grads = compare.compare(
+                tensors[:count], tensors[count:], labels, weight * upstream, ctx.settings,
+                ctx.wants, ctx.inplace,
+            )[1]  # fmt: skip
         else:
-            (grad,) = ctx.saved_tensors
-            if torch.compiler.is_compiling():
-                grad = (grad * upstream[:, None]).to(grad.dtype)
-            else:
-                grad = _scale(grad, upstream)
-        grad = grad.view(ctx.shape)
+            grads = [
+                _scale(grad, upstream) if wanted else None
+                for grad, wanted in zip(ctx.saved_tensors, ctx.wants, strict=False)
+            ]
+        grads = [
+            grad.view(shape) if wanted else None
+            for grad, shape, wanted in zip(grads, ctx.shapes, ctx.wants, strict=False)
+        ]
         if again:
-            grad = _OnlyOnce.apply(grad, torch.zeros((), requires_grad=True))
-        return (grad, *[None] * 11)
+            anchor = torch.zeros((), requires_grad=True)
+            grads = [g if g is None else _OnlyOnce.apply(g, anchor) for g in grads]
+        teachers = ctx.teachers
+        return (*[None] * 6, *grads, *[None] * teachers)
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -430,106 +517,17 @@ class _OnlyOnce(torch.autograd.Function):
 
 
 def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
+    """`grad` times one factor, or one for each row."""
+    if torch.compiler.is_compiling():
+        return (grad * (upstream[:, None] if upstream.dim() else upstream)).to(grad.dtype)
     # In place, unless the graph is kept and will ask for the gradient again.
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
     grad = grad.clone() if kept else grad
-    if upstream.stride(0) == 0:
-        upstream = upstream[0]  # the reduction's one factor, expanded
-    if _uses_triton(grad):
+    if compare.uses_triton(grad.device, grad.dtype):
         from fastkd.kernels.dense import scale_
     else:
         from fastkd.eager import scale_
-    return scale_(grad, upstream)
-
-
-def _run(student, teacher, labels, weight, settings, wants_grad, inplace):
-    """(T,) divergence and cross-entropy, and the (T, V) gradient; empty tensors for what is not
-    wanted."""
-    name, numbers, temperature, n, kd_scale, ce_scale = settings
-    s, t = _as_rows(student), _as_rows(teacher)
-    if wants_grad and inplace and student.is_contiguous():
-        grad = student.detach().view(-1, student.shape[-1])
-        divergence = divergences.unpack(name, numbers)
-        value, entropy = _dense(
-            s, t, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad
-        )
-        torch.autograd.graph.increment_version(student)
-        return value, entropy, grad
-    return torch.ops.fastkd.dense(
-        s, t, labels, weight, name, numbers, temperature, n, kd_scale, ce_scale, wants_grad
-    )  # fmt: skip
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(outer, length, V) with unit stride along V, as a view where strides allow: `logits[:, :-1]`
-    is not copied."""
-    x = x.detach()
-    if x.dim() == 3 and x.stride(-1) == 1 and not x.is_contiguous():
-        return x
-    if x.dim() == 2 and x.stride(-1) == 1:
-        return x[None]
-    return x.contiguous().view(1, -1, x.shape[-1])
-
-
-@torch.library.custom_op("fastkd::dense", mutates_args=())
-def _dense_operator(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor,
-    name: str, numbers: list[float], temperature: float, n: int,
-    kd_scale: float, ce_scale: float, wants_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One opaque node for torch.compile."""
-    grad = eager.empty_grad(student) if wants_grad else None
-    divergence = divergences.unpack(name, numbers)
-    value, entropy = _dense(
-        student, teacher, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad
-    )
-    return value, entropy, student.new_empty(0) if grad is None else grad
-
-
-@_dense_operator.register_fake
-def _(
-    student, teacher, labels, weight, name, numbers, temperature, n, kd_scale, ce_scale, wants_grad
-):
-    T, V = weight.shape[0], student.shape[2]
-    grad = student.new_empty((T, V) if wants_grad else 0)
-    return weight.new_empty(T), weight.new_empty(0 if labels is None else T), grad
-
-
-def _dense(student, teacher, labels, weight, divergence, temperature, n, kd_scale, ce_scale, grad):
-    if _uses_triton(student):
-        from fastkd.kernels.dense import dense
-    else:
-        from fastkd.eager import dense
-    value, entropy = dense(
-        student, teacher, labels, weight, divergence, temperature=temperature, n=n,
-        kd_scale=kd_scale, ce_scale=ce_scale, cross_entropy=labels is not None, grad=grad,
-    )  # fmt: skip
-    return value, value.new_empty(0) if entropy is None else entropy
-
-
-def _uses_triton(x: Tensor) -> bool:
-    """FASTKD_BACKEND: "auto" (Triton on GPUs), "triton" or "eager"."""
-    choice = os.environ.get("FASTKD_BACKEND", "auto")
-    if choice == "eager" or (
-        choice == "auto" and (x.device.type not in ("cuda", "xpu") or x.dtype == torch.float64)
-    ):
-        return False
-    if choice not in ("auto", "triton"):
-        raise ValueError(f"FASTKD_BACKEND must be auto, triton or eager, got {choice!r}")
-    if x.dtype == torch.float64:
-        raise ValueError(
-            "the Triton kernels compute in fp32, the logits are float64:"
-            " use FASTKD_BACKEND=auto or eager"
-        )
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "FASTKD_BACKEND=triton on CPU tensors needs TRITON_INTERPRET=1,"
-            " set before the first import"
-        )
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        if choice == "triton":
-            raise
-        return False
-    return True
+    if upstream.dim() and upstream.stride(0) == 0:
+        upstream = upstream[0]  # the factor of a sum over the rows, expanded
+    scale_(grad if grad.dim() == 2 else grad[None], upstream)
+    return grad

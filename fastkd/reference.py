@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd import divergences
 from fastkd.divergences import LOG_FLOOR, Divergence
+from fastkd.sources import Ensemble, LMHead, Source, TopK
 
 
 def naive(
@@ -20,9 +21,32 @@ def naive(
     return divergences.get(divergence).reference(student, teacher, temperature)
 
 
+def logits(source: Tensor | Source, temperature: float = 1.0) -> Tensor:
+    """The (..., V) logits of a source, all of them at once."""
+    if isinstance(source, LMHead):
+        z = source.scale * (source.hidden @ source.weight.T)
+        z = z if source.bias is None else z + source.bias
+        return source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
+    if isinstance(source, TopK):
+        raise TypeError("a top-k teacher has no logits")
+    if isinstance(source, Ensemble):
+        n = source.entries
+        every = [logits(t, temperature)[..., :n] for t in source.teachers]
+        if source.mode == "logits":
+            return sum(w * z for w, z in _weighted(source, every))
+        p = sum(w * F.softmax(z / temperature, -1) for w, z in _weighted(source, every))
+        return temperature * p.log()
+    return source if isinstance(source, Tensor) else source.tensor
+
+
+def _weighted(ensemble: Ensemble, every: list[Tensor]):
+    for w, z in zip(ensemble.weights, every, strict=True):
+        yield (w[..., None].to(z.dtype) if isinstance(w, Tensor) else w), z
+
+
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | LMHead,
+    teacher: Tensor | LMHead | Ensemble,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -36,13 +60,15 @@ def kd_loss(
     compensate: bool = True,
     vocab: str | int = "strict",
 ) -> Tensor:
-    """`fastkd.kd_loss` without its checks, in the precision of its inputs.
+    """`fastkd.kd_loss` without its checks, in the precision of its inputs, for every source that
+    has logits.
 
     Logits of -inf are replaced so that both distributions have log 0 = -10,000: values that are
     +inf by definition come out finite and large here, with the gradient that `fastkd.kd_loss`
     gives.
     """
     d = divergences.get(divergence)
+    student, teacher = logits(student, temperature), logits(teacher, temperature)
     n = {"strict": student.shape[-1], "shared": min(student.shape[-1], teacher.shape[-1])}.get(
         vocab, vocab
     )

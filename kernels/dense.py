@@ -9,12 +9,16 @@ meet through a small global buffer. On a GPU a team streams through its rows, an
 of a row lag behind the statistics of the next: nobody waits for long, and the logits are read once
 from memory and again from the cache while they are still there (6 bytes an entry in bf16: two
 reads, one write). With SPLIT = 1 a program owns a row, and nobody waits at all.
+
+Vocabulary shards are teams across devices: the phases are launches, and what the programs of a team
+pass through the buffer goes through the caller's `gather`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +32,9 @@ DEAD = tl.constexpr(
     -1e30
 )  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
 LOG_FLOOR = tl.constexpr(-1e4)  # stands for log 0
-STATS = tl.constexpr(8)  # (maximum, sum) of: student, teacher, student at T = 1, mixed logits
+# (maximum, sum) of: student, teacher, student at T = 1, mixed logits. Kind "logits" has instead
+# the number of entries and Σ of the differences, nothing and the number of differences.
+STATS = tl.constexpr(8)
 
 
 @triton.jit
@@ -102,16 +108,18 @@ def _term(
     x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
     TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
 ):  # fmt: skip
-    """Value, slope and student probability of a block of entries."""
+    """Value, slope, student probability, p log p and q log q of a block of entries."""
     dead_s, dead_t = x == NEG_INF, y == NEG_INF
     if KIND == "logits":
         q = tl.zeros_like(x)
+        p_log_p, q_log_q = q, q
         delta = tl.where(dead_s | dead_t, 0.0, x - y - center)
         value, slope = b * delta * delta, 2.0 * b * delta
         value = tl.where(dead_s != dead_t, float("inf"), value)
     else:
         log_q, q = _log_softmax(x, ms, ls, scale)
         log_p, p = _log_softmax(y, mt, lt, scale)
+        p_log_p, q_log_q = p * log_p, q * log_q
         if KIND == "mixed":
             z = _mix(x, y, mix_s, mix_t)
             log_r, r = _log_softmax(z, mz, lz, scale)
@@ -124,7 +132,7 @@ def _term(
             value = tl.where(dead_s & (p > 0.0), float("inf"), value)
         outside = dead_s & dead_t
         value, slope = tl.where(outside, 0.0, value), tl.where(outside, 0.0, slope)
-    return value, slope, q
+    return value, slope, q, p_log_p, q_log_q
 
 
 @triton.jit
@@ -159,6 +167,8 @@ def _statistics(
             mt, lt = _accumulate(mt, lt, y, scale)
         if KIND == "mixed":
             mz, lz = _accumulate(mz, lz, _mix(x, y, mix_s, mix_t), scale)
+    if KIND == "logits":
+        ms = tl.minimum(tl.maximum(n - first, 0), TILES * BLOCK).to(tl.float32)
     tl.store(out, ms)
     tl.store(out + 1, tl.sum(ls, 0))
     tl.store(out + 2, mt)
@@ -177,8 +187,8 @@ def _sweep(
     T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
     TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
-    MEAN: tl.constexpr, CE: tl.constexpr, VALUE: tl.constexpr, GRAD: tl.constexpr,
-    WAITS: tl.constexpr,
+    MEAN: tl.constexpr, CE: tl.constexpr, DIAGNOSTICS: tl.constexpr,
+    VALUE: tl.constexpr, GRAD: tl.constexpr, WAITS: tl.constexpr,
     SPLIT: tl.constexpr, SPLIT_2: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Phase 2 (VALUE) or 3 of one part of row j, the gradient written in either (GRAD)."""
@@ -195,7 +205,8 @@ def _sweep(
         s_row = _row(s_ptr, row, s_len, s_outer, s_inner)
         t_row = _row(t_ptr, row, t_len, t_outer, t_inner)
         stats = stat_ptr + row * SPLIT * STATS
-        sums = sum_ptr + row * SPLIT * 2
+        SUMS: tl.constexpr = 5 if DIAGNOSTICS else 2
+        sums = sum_ptr + row * SPLIT * SUMS
         if WAITS:
             _wait(flag_ptr + row, SPLIT)
 
@@ -205,10 +216,12 @@ def _sweep(
         mz, lz, m1, l1 = zero, zero, zero, zero
         center = zero
         if KIND == "logits":
-            at = stats + parts * STATS + 1
-            delta = tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
-            alive = tl.load(at + 2, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
+            at = stats + parts * STATS
+            entries = tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
+            delta = tl.load(at + 1, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
+            alive = tl.load(at + 3, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
             center = a * tl.sum(delta, 0) / tl.maximum(tl.sum(alive, 0), 1.0)
+            b = 1.0 / tl.maximum(tl.sum(entries, 0), 1.0)
         else:
             ms, ls = _meet(stats, parts, SPLIT, 0, scale)
             mt, lt = _meet(stats, parts, SPLIT, 2, scale)
@@ -226,16 +239,18 @@ def _sweep(
                     tl.store(ce_ptr + row, l1 * LN_2 + (m1 - tl.load(ce_ptr + row)))
         mean = slope_sum
         if not VALUE:
-            at = sums + parts * 2 + 1
+            at = sums + parts * SUMS + 1
             mean = tl.sum(tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg"), 0)
 
         values, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        h_p, h_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        agree = tl.zeros([BLOCK], tl.float32)
         for k in range(TILES):
             cols = first + k * BLOCK + tl.arange(0, BLOCK)
             full = _load(s_row, cols, V)
             y = _load(t_row, cols, n)
             x = tl.where(cols < n, full, NEG_INF)
-            value, slope, q = _term(
+            value, slope, q, p_log_p, q_log_q = _term(
                 x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
                 TERM, KIND, INFINITE_P, INFINITE_Q,
             )  # fmt: skip
@@ -243,6 +258,10 @@ def _sweep(
                 values += value
                 if MEAN:
                     slopes += slope
+                if DIAGNOSTICS:
+                    h_p -= p_log_p
+                    h_q -= q_log_q
+                    agree = tl.where((x == ms) & (y == mt), 1.0, agree)
             if GRAD:
                 grad = kd_scale * (slope - q * mean)
                 if CE != "none":
@@ -252,17 +271,25 @@ def _sweep(
                 tl.store(grad_row + cols, weight * grad, mask=cols < V, cache_modifier=".cs")
         if VALUE:
             empty = (ls == float("inf")) | (lt == float("inf")) | (lz == float("inf"))
-            tl.store(sums + part * 2, tl.where(empty, float("inf"), tl.sum(values, 0)))
-            tl.store(sums + part * 2 + 1, tl.sum(slopes, 0))
+            tl.store(sums + part * SUMS, tl.where(empty, float("inf"), tl.sum(values, 0)))
+            tl.store(sums + part * SUMS + 1, tl.sum(slopes, 0))
+            if DIAGNOSTICS:
+                tl.store(sums + part * SUMS + 2, tl.sum(h_p, 0))
+                tl.store(sums + part * SUMS + 3, tl.sum(h_q, 0))
+                tl.store(sums + part * SUMS + 4, tl.max(agree, 0))
 
 
-@triton.jit(do_not_specialize=["T", "s_len", "t_len", "lag", "step"])
+@triton.jit(
+    do_not_specialize=["T", "s_len", "t_len", "lag", "step"],
+    do_not_specialize_on_alignment=["ce_ptr"],  # a row of the result: T is no part of a kernel
+)
 def dense_kernel(
     s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr, flag_ptr,  # pointers
     T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, lag, step,  # shapes, strides, rows
     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,  # numbers
     TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
-    MEAN: tl.constexpr, CE: tl.constexpr, GRAD: tl.constexpr,  # what is computed
+    MEAN: tl.constexpr, CE: tl.constexpr, GRAD: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr,  # what is computed
     PHASES: tl.constexpr, SPLIT: tl.constexpr, SPLIT_2: tl.constexpr,
     TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -270,6 +297,8 @@ def dense_kernel(
 
     CE: "none", "shared" (the student's own statistics serve) or "own" (T != 1 or a cut vocabulary).
     MEAN: Σ slope must be summed before the gradient; else it is `slope_sum`.
+    DIAGNOSTICS: of kinds with a softmax, each part also sums -p log p and -q log q, and has a 1
+    where it finds a maximum of both sides.
     PHASES: bit 1 statistics, 2 value, 4 gradient. All of them in one launch of SPLIT > 1 wait for
     each other, so its programs must run at the same time; one launch a phase never waits.
     """
@@ -285,7 +314,9 @@ def dense_kernel(
                     s_row = _row(s_ptr, row, s_len, s_outer, s_inner)
                     if CE != "none":
                         if part == 0:  # now: the gradient may overwrite the student's logits
-                            at_label = tl.load(s_row + tl.load(label_ptr + row))
+                            label = tl.load(label_ptr + row)
+                            here = (label >= 0) & (label < V)  # else in another shard
+                            at_label = tl.load(s_row + label, mask=here, other=NEG_INF)
                             tl.store(ce_ptr + row, at_label.to(tl.float32))
                     _statistics(
                         s_row,
@@ -304,8 +335,8 @@ def dense_kernel(
                     j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr,
                     flag_ptr, T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
                     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, True, GRAD and not MEAN, WAITS,
-                    SPLIT, SPLIT_2, TILES, BLOCK,
+                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, DIAGNOSTICS,
+                    True, GRAD and not MEAN, WAITS, SPLIT, SPLIT_2, TILES, BLOCK,
                 )  # fmt: skip
                 if WAITS and THIRD:
                     _announce(flag_ptr + T + j)
@@ -318,8 +349,8 @@ def dense_kernel(
                     j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr,
                     flag_ptr + T, T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
                     scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, False, True, WAITS,
-                    SPLIT, SPLIT_2, TILES, BLOCK,
+                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, DIAGNOSTICS,
+                    False, True, WAITS, SPLIT, SPLIT_2, TILES, BLOCK,
                 )  # fmt: skip
 
 
@@ -352,16 +383,25 @@ class Plan(NamedTuple):
 
 
 def plan(
-    T: int, V: int, row_bytes: int, programs: int = 0, cache_bytes: int = 0, warp: int = 32
+    T: int,
+    V: int,
+    row_bytes: int,
+    programs: int = 0,
+    cache_bytes: int = 0,
+    warp: int = 32,
+    diagnostics: bool = False,
 ) -> Plan:
     """Pure function of the shapes and the device.
 
     `programs` that run at the same time and wait for each other (0: none may), `cache_bytes` of L2
-    in which the rows of all teams must stay for three phases.
+    in which the rows of all teams must stay for three phases. With `diagnostics`, whose entries
+    take more registers, as many threads with half the entries each, in half the programs.
     """
     block = max(128, min(2048, triton.next_power_of_2(V)))
     blocks = triton.cdiv(V, block)
     warps = (256 if block == 2048 else 128) // warp  # 8 entries a thread: 16-byte loads of bf16
+    if diagnostics:
+        warps, programs = 2 * warps, programs // 2
     if not programs or blocks == 1:
         return Plan(block, blocks, 1, T, warps, False)
     rows = max(1, cache_bytes // (3 * row_bytes))
@@ -374,16 +414,23 @@ def plan(
     return Plan(block, tiles, split, min(T, programs // split), warps, split > 1)
 
 
-def device_plan(T: int, V: int, student: torch.Tensor, teacher: torch.Tensor) -> Plan:
+def device_plan(
+    T: int,
+    V: int,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    alone: bool = False,
+    diagnostics: bool = False,
+) -> Plan:
     """Programs wait for each other on NVIDIA GPUs only, launched cooperatively: all of them run, or
-    none."""
+    none. `alone`: nobody waits, one program a row."""
     row_bytes = V * (student.element_size() + teacher.element_size())
-    if student.device.type != "cuda" or torch.version.hip:
-        return plan(T, V, row_bytes, warp=64 if torch.version.hip else 32)
+    if alone or student.device.type != "cuda" or torch.version.hip:
+        warp = 64 if torch.version.hip else 32
+        return plan(T, V, row_bytes, warp=warp, diagnostics=diagnostics)
     device = torch.cuda.get_device_properties(student.device)
-    return plan(
-        T, V, row_bytes, PROGRAMS_PER_SM * device.multi_processor_count, device.L2_cache_size // 2
-    )
+    programs = PROGRAMS_PER_SM * device.multi_processor_count
+    return plan(T, V, row_bytes, programs, device.L2_cache_size // 2, diagnostics=diagnostics)
 
 
 PROGRAMS_PER_SM = 2
@@ -403,8 +450,10 @@ def dense(
     ce_scale: float,
     cross_entropy: bool,
     grad: torch.Tensor | None,
+    diagnostics: bool = False,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
     plan: Plan | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> torch.Tensor:
     """Divergence and cross-entropy of every row, and the gradient of their weighted sum.
 
     The same function as `dense` in `fastkd/eager.py`.
@@ -420,34 +469,42 @@ def dense(
         weight and 1/T.
         cross_entropy: whether it is wanted.
         grad: (T, V) contiguous, to write, which may be the student's own memory, or None.
-        plan: how the launch is cut, for tests and tuning.
+        diagnostics: whether the entropies and the agreement are wanted.
+        gather: the columns are this rank's shard of a vocabulary, and every rank of the group calls
+            this function at the same time; `gather(x)` is the (world, *x.shape) x of all, the same
+            on each. `labels` then count from this shard's first column (one outside [0, V) is
+            another rank's) and `n`, 0 to V, is this shard's. Results are those of the whole rows,
+            to the bit the same on all ranks. Called twice, whatever the shapes.
+        plan: how the launch is cut, for tests and tuning; one program a row with `gather`.
 
     Returns:
-        (T,) float32 divergence and cross-entropy (None without).
+        (2, T) float32 divergence and cross-entropy (0 without), or (5, T) with the entropies of
+        teacher and student, in nats, at `temperature`, over the entries that the divergence sees,
+        and 1 where some entry is a maximum of both sides, else 0: NaN for kind "logits", which has
+        no distributions. 0 where the weight is.
     """
     T, V, device = weight.numel(), student.shape[-1], student.device
-    p = plan or device_plan(T, V, student, teacher)
     mean = divergence.slope_sum is None
+    softmax = divergence.kind != "logits"
+    wide = diagnostics and softmax
+    p = plan or device_plan(T, V, student, teacher, gather is not None, wide)
     a, b = divergence.numbers
-    if divergence.kind == "logits":
-        b = 1 / n
-    else:
+    if softmax:
         kd_scale = kd_scale / temperature
     mix_s, mix_t = divergence.mixing
-    ce = (
-        "none"
-        if not cross_entropy
-        else "shared"
-        if (temperature, n, divergence.kind != "logits") == (1, V, True)
-        else "own"
-    )
+    # Not for a shard: another one may be cut.
+    shared = softmax and temperature == 1 and n == V and gather is None
+    ce = "none" if not cross_entropy else "shared" if shared else "own"
     stats = torch.empty((T, p.split, STATS.value), dtype=torch.float32, device=device)
-    sums = torch.zeros((T, p.split, 2), dtype=torch.float32, device=device)
-    entropy = torch.zeros(T, dtype=torch.float32, device=device) if cross_entropy else None
+    sums = torch.zeros((T, p.split, 5 if wide else 2), dtype=torch.float32, device=device)
+    rows = torch.zeros((5 if diagnostics else 2, T), dtype=torch.float32, device=device)
     flags = torch.zeros(2 * T, dtype=torch.int32, device=device) if p.waits else sums
     # A team that waits does all phases in one launch, and so does a program alone; else each phase
     # is a launch.
-    phases = (7,) if p.waits or p.split == 1 else (1, 2, 4) if mean and grad is not None else (1, 2)
+    phases = (1, 2, 4) if mean and grad is not None else (1, 2)
+    if p.waits or (p.split == 1 and gather is None):
+        phases = (7,)
+    scale = 1 / (temperature * math.log(2))
     options = {"maxnreg": MAX_REGISTERS} if device.type == "cuda" and not torch.version.hip else {}
     if p.waits:
         options["launch_cooperative_grid"] = True
@@ -456,19 +513,51 @@ def dense(
         for which in phases:
             dense_kernel[(p.teams * p.split,)](
                 student, teacher, labels if cross_entropy else weight, weight, stats, sums,
-                entropy if cross_entropy else sums, sums if grad is None else grad, flags,
+                rows[1], sums if grad is None else grad, flags,
                 T, n, V, student.shape[1], student.stride(0), student.stride(1),
                 teacher.shape[1], teacher.stride(0), teacher.stride(1),
                 p.teams if p.waits else 0, p.teams,
-                1 / (temperature * math.log(2)), kd_scale, ce_scale,
+                scale, kd_scale, ce_scale,
                 0.0 if mean else divergence.slope_sum, mix_s, mix_t, a, b,
                 TERM=divergence.triton_term(), KIND=divergence.kind,
                 INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
-                MEAN=mean, CE=ce, GRAD=grad is not None,
+                MEAN=mean, CE=ce, GRAD=grad is not None, DIAGNOSTICS=wide,
                 PHASES=which, SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split),
                 TILES=p.tiles, BLOCK=p.block, num_warps=p.warps, **options,
             )  # fmt: skip
-    return sums[:, :, 0].sum(1).clamp_(min=0), entropy
+            if gather is not None and which == 1:
+                shards = gather(torch.cat([stats[:, 0], rows[1, :, None]], 1))
+                stats[:, 0] = _meet_shards(shards[..., :-1], softmax, scale)
+                rows[1] = shards[..., -1].amax(0)  # the label's logit, -inf where it is not
+            if gather is not None and which == 2:
+                sums[:, 0] = _sum_parts(gather(sums[:, 0]).transpose(0, 1))
+    total = _sum_parts(sums).clamp_(min=0)
+    rows[0] = total[:, 0]
+    if wide:
+        rows[2:] = total[:, 2:].T
+    elif diagnostics:
+        rows[2:] = torch.where(weight == 0, 0.0, math.nan)
+    return rows
+
+
+def _meet_shards(stats: torch.Tensor, softmax: bool, scale: float) -> torch.Tensor:
+    """(T, STATS) of whole rows from (world, T, STATS) of their shards, as `_meet` does it."""
+    high, part = stats.unflatten(-1, (-1, 2)).unbind(-1)
+    maximum = high.amax(0)
+    below = (high - maximum.masked_fill(maximum == -math.inf, 0)) * scale
+    below[..., 2] *= LOG2_E.value / scale  # the student at T = 1
+    whole = torch.stack([maximum, (part * torch.exp2(below)).sum(0)], -1).flatten(-2)
+    if not softmax:
+        whole[:, :4] = stats[..., :4].sum(0)
+    return whole
+
+
+def _sum_parts(sums: torch.Tensor) -> torch.Tensor:
+    """(T, parts, 2 or 5) to (T, 2 or 5); the last of 5, the agreement, is a maximum."""
+    total = sums.sum(1)
+    if total.shape[-1] == 5:
+        total[:, 4] = sums[..., 4].amax(1)
+    return total
 
 
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

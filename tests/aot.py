@@ -5,6 +5,7 @@ A process of its own, because the interpreter (TRITON_INTERPRET) is chosen when 
 imported.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -17,8 +18,10 @@ from common import DIVERGENCES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastkd import JSD, ForwardKL
+from fastkd import JSD, AlphaBeta, ForwardKL, Renyi
 from fastkd.kernels import dense as kernels
+from fastkd.kernels.topk import plan as topk_plan
+from fastkd.kernels.topk import topk_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,27 +48,35 @@ def compile_kernel(kernel, target, types, constants, aligned=True, **options):
     return triton.compile(source, target=target, options=options)
 
 
-def compile_dense(target, divergence, shared_row, ce, dtype="bf16", grad=True, aligned=True):
+def compile_dense(
+    target, divergence, shared_row, ce, dtype="bf16", grad=True, aligned=True, diagnostics=False,
+    phases=7,
+):  # fmt: skip
     """(name, compiled, how many 128-bit loads of logits it must have)."""
     types = {n: "*fp32" for n in kernels.dense_kernel.arg_names if n.endswith("_ptr")}
     types |= dict(label_ptr="*i64", flag_ptr="*i32")
     types |= dict.fromkeys(("s_ptr", "t_ptr", "grad_ptr"), f"*{dtype}")
     programs = 264 if shared_row else 0
-    p = kernels.plan(8192, 151_936, 4 * 151_936, programs, 30_000_000, target.warp_size)
+    p = kernels.plan(
+        8192, 151_936, 4 * 151_936, programs, 30_000_000, target.warp_size, diagnostics
+    )
     mean = divergence.slope_sum is None
     constants = dict(
         TERM=divergence.triton_term(), KIND=divergence.kind,
         INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
-        MEAN=mean, CE=ce, GRAD=grad, PHASES=7,
+        MEAN=mean, CE=ce, GRAD=grad, DIAGNOSTICS=diagnostics, PHASES=phases,
         SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split), TILES=p.tiles, BLOCK=p.block,
     )  # fmt: skip
     options = dict(num_warps=p.warps)
     if target.backend == "cuda":
         options["maxnreg"] = kernels.MAX_REGISTERS
     compiled = compile_kernel(kernels.dense_kernel, target, types, constants, aligned, **options)
-    phases = 3 if mean and grad else 2
-    wide = 2 * phases * (2 if dtype == "fp32" else 1) if aligned else 0
-    return f"{divergence} split={p.split} ce={ce} {dtype} grad={grad}", compiled, wide
+    sweeps = bin(phases & (7 if mean and grad else 3)).count("1")
+    wide = 2 * sweeps * (2 if dtype == "fp32" else 1)
+    if not aligned or diagnostics:  # diagnostics: fewer entries a thread
+        wide = 0
+    name = f"{divergence} split={p.split} ce={ce} {dtype} grad={grad}"
+    return f"{name} diagnostics={diagnostics} phases={phases}", compiled, wide
 
 
 def variants(target):
@@ -82,6 +93,14 @@ def variants(target):
             yield compile_dense(target, divergence, True, "own", dtype="fp32")
             yield compile_dense(target, divergence, True, "own", dtype="fp16", grad=False)
             yield compile_dense(target, divergence, True, "own", aligned=False)
+        for divergence in (ForwardKL(), JSD(), Renyi(2.0), AlphaBeta(0.2, 0.7)):
+            yield compile_dense(target, divergence, True, "own", diagnostics=True)
+        for phases in (1, 2, 4):  # vocabulary shards
+            for diagnostics in (False, True) if phases == 2 else (False,):
+                yield compile_dense(
+                    target, JSD(), False, "own", diagnostics=diagnostics, phases=phases
+                )
+        yield compile_dense(target, ForwardKL(), False, "own", phases=2)
     scale = compile_kernel(
         kernels.scale_kernel,
         target,
@@ -90,6 +109,42 @@ def variants(target):
         num_warps=256 // target.warp_size,
     )
     yield "scale", scale, 1
+
+
+def compile_topk(
+    target, divergence, tail, ce, K, dtype="bf16", diagnostics=False, aligned=True, V=151_936
+):
+    """As `compile_dense`."""
+    types = {n: "*fp32" for n in topk_kernel.arg_names if n.endswith("_ptr")}
+    types |= dict(id_ptr="*i32", label_ptr="*i64", K="i32")
+    types |= dict.fromkeys(("s_ptr", "grad_ptr"), f"*{dtype}")
+    itemsize = 2 if dtype == "bf16" else 4
+    p = topk_plan(V, itemsize, 132, 50_000_000, target.warp_size)
+    constants = dict(
+        TERM=divergence.triton_term(),
+        INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q, TAIL=tail,
+        CE=ce, GRAD=True, DIAGNOSTICS=diagnostics,
+        KP=triton.next_power_of_2(K + 1), BLOCK=p.block,
+    )  # fmt: skip
+    options = dict(num_warps=p.warps)
+    if target.backend == "cuda":
+        options["maxnreg"] = kernels.MAX_REGISTERS
+    compiled = compile_kernel(topk_kernel, target, types, constants, aligned, **options)
+    wide = 3 if aligned else 0  # of the first block, the next one, the gradient's
+    what = f"V={V} {tail} K={K} ce={ce} {dtype} diagnostics={diagnostics}"
+    return f"topk {divergence} {what}", compiled, wide
+
+
+def topk_variants(target):
+    for divergence in DIVERGENCES:
+        if divergence.plain is not None:
+            yield compile_topk(target, divergence, "bucket", "own", 64)
+    for tail in ("bucket", "renormalize", "truncate"):
+        yield compile_topk(target, ForwardKL(), tail, "shared", 100)
+        yield compile_topk(target, JSD(), tail, "own", 100, diagnostics=True)
+        yield compile_topk(target, JSD(), tail, "own", 100, diagnostics=True, V=32_000)
+    yield compile_topk(target, ForwardKL(), "bucket", "none", 64, dtype="fp32")
+    yield compile_topk(target, ForwardKL(), "bucket", "own", 64, aligned=False)
 
 
 def report(name, compiled, target):
@@ -121,5 +176,5 @@ def report(name, compiled, target):
 
 if __name__ == "__main__":
     target = TARGETS[sys.argv[1]]
-    for name, compiled, wide in variants(target):
+    for name, compiled, wide in itertools.chain(variants(target), topk_variants(target)):
         print(json.dumps(report(name, compiled, target) | dict(expected=wide)), flush=True)

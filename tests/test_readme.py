@@ -11,7 +11,7 @@ import fastkd
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOOP, TRAINER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+LOOP, TRAINER, HEADS, SOURCES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 V = 48
 
 
@@ -37,6 +37,28 @@ def test_loop():
     loader = [{k: torch.stack([r[k] for r in rows()]) for k in ("input_ids", "labels")}]
     exec(LOOP, dict(student=student, teacher=teacher, loader=loader, torch=torch))
     assert student.lm_head.weight.grad.abs().sum() > 0 and teacher.lm_head.weight.grad is None
+
+
+def test_heads_and_other_sources():
+    """The same loss without logits; every line of the other sources runs."""
+    student, teacher = tiny_model(0), tiny_model(1)
+    batch = {"input_ids": torch.stack([r["input_ids"] for r in rows()])}
+    labels = torch.stack([r["labels"] for r in rows()])
+    names = dict(student=student, teacher=teacher, batch=batch, labels=labels, torch=torch)
+    exec(HEADS, names)
+    z = [model(**batch).logits.detach() for model in (student, teacher)]
+    expected = fastkd.kd_loss(*z, labels, shift=True, temperature=2.0, alpha=0.7)
+    torch.testing.assert_close(names["loss"].detach(), expected)
+    assert student.lm_head.weight.grad.abs().sum() > 0 and teacher.lm_head.weight.grad is None
+    other, longer = z[1].flip(-1), torch.nn.functional.pad(z[1], (0, 3))
+    exec(
+        SOURCES,
+        dict(
+            zip(("student_logits", "teacher_logits"), z, strict=True),
+            other_logits=other,
+            longer_logits=longer,
+        ),
+    )
 
 
 def test_trainer(tmp_path):

@@ -1,0 +1,110 @@
+"""Vocabulary shards: each rank of a `torch.distributed` group holds a contiguous part of every row.
+
+Two small exchanges a chunk (softmax statistics; values and slopes) make the rows whole. What is
+exchanged is gathered, and merged by every rank in the same order: all get the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastkd.sources import LMHead
+
+
+def gather(group: str) -> Callable[[Tensor], Tensor]:
+    """`gather(x)`: (world, *x.shape), the x of all ranks in rank order."""
+    group = resolve(group)
+
+    def run(x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    return run
+
+
+def total(x: Tensor, group: str) -> Tensor:
+    """Sum over the ranks, in fp32."""
+    whole = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dist.all_reduce(whole, group=resolve(group))
+    return whole.to(x.dtype)
+
+
+def name_of(group) -> str:
+    """How a group goes through an operator."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("group= needs torch.distributed to be initialised")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed group, got {type(group).__name__}")
+    return group.group_name
+
+
+def resolve(name: str):
+    """The group of that name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+@torch.library.custom_op("fastkd::shard_sizes", mutates_args=())
+def sizes(V: int, group: str, like: Tensor) -> Tensor:
+    """(world,) entries of every rank's shard, on the device of `like`."""
+    return gather(group)(torch.tensor(V, device=like.device))
+
+
+@sizes.register_fake
+def _(V, group, like):
+    return like.new_empty(dist.get_world_size(resolve(group)), dtype=torch.int64)
+
+
+def cut(vocab: int, V: int, group: str, device: torch.device) -> int:
+    """How many of this shard's V entries are among the vocabulary's first `vocab`; waits for the
+    other ranks."""
+    lengths = gather(group)(torch.tensor(V, device=device)).tolist()
+    if not 1 <= vocab <= sum(lengths):
+        raise ValueError(f"vocab must be between 1 and {sum(lengths)}, got {vocab}")
+    return min(max(vocab - sum(lengths[: dist.get_rank(resolve(group))]), 0), V)
+
+
+def from_dtensors(student, teacher):
+    """(student, teacher, group) with DTensors replaced by this rank's shards.
+
+    A student's logits, or its LM head's weight, may be a DTensor that is sharded along the
+    vocabulary; then the teacher's is one too. Returned as they came, with group None, where there
+    is no DTensor.
+    """
+    tensors = [x.weight if isinstance(x, LMHead) else x for x in (student, teacher)]
+    if not any(type(x).__name__ == "DTensor" for x in tensors):
+        return student, teacher, None
+    from torch.distributed.tensor import DTensor
+
+    groups, local = set(), []
+    for name, source, x in zip(("student", "teacher"), (student, teacher), tensors, strict=True):
+        if not isinstance(x, DTensor):
+            raise TypeError(
+                f"the other side is a DTensor: {name} must be one with the same shards, got"
+                f" {type(source).__name__}"
+            )
+        dim = 0 if isinstance(source, LMHead) else x.dim() - 1
+        sharded = [i for i, p in enumerate(x.placements) if p.is_shard()]
+        if len(sharded) != 1 or x.placements[sharded[0]].dim % x.dim() != dim:
+            raise ValueError(
+                f"{name} must be sharded along the vocabulary alone (Shard({dim})), got"
+                f" placements {x.placements}"
+            )
+        groups.add(x.device_mesh.get_group(sharded[0]))
+        x = x.to_local()
+        if isinstance(source, LMHead):
+            x = LMHead(
+                source.hidden, x, _local(source.bias), softcap=source.softcap, scale=source.scale
+            )
+        local.append(x)
+    if len(groups) > 1:
+        raise ValueError("student and teacher are sharded over different groups")
+    return *local, groups.pop()
+
+
+def _local(x):
+    return x.to_local() if hasattr(x, "to_local") else x

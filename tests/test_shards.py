@@ -1,0 +1,159 @@
+"""Vocabulary shards: two and three processes, each with a part of every row, against one with the
+whole."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fastkd
+from fastkd import Ensemble, LMHead, TopK, kd_loss
+
+CUTS = {2: [0, 40, 61], 3: [0, 37, 38, 61]}  # uneven, a shard of one entry
+V, H, ROWS = 61, 12, (2, 7)
+
+
+def whole(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    labels = torch.arange(14).view(ROWS) * 4 + 3  # in every shard
+    labels[0, 2] = -100
+    return {
+        "logits": tensor(*ROWS, V) * 3,
+        "other": tensor(*ROWS, V) * 3,
+        "hidden": tensor(*ROWS, H),
+        "weight": tensor(V, H),
+        "bias": tensor(V),
+        "wide": tensor(*ROWS, 2 * H),
+        "teacher": tensor(V, 2 * H),
+    }, labels
+
+
+def step(kind, x, labels, **settings):
+    """(loss parts, gradients) of one case; `x` are whole tensors, or one rank's."""
+    x = {name: v.clone() for name, v in x.items()}
+    leaves = [x["logits"]] if kind.startswith("dense") else [x["hidden"], x["weight"], x["bias"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    student = leaves[0] if kind.startswith("dense") else LMHead(*leaves, softcap=5.0)
+    head = LMHead(x["wide"], x["teacher"], scale=0.5)
+    teacher = {
+        "dense": x["other"],
+        "head": head,
+        "ensemble": Ensemble([x["other"], head], mode="logits"),
+    }[kind.split("-")[1]]
+    parts = kd_loss(student, teacher, labels, return_parts=True, **settings)
+    grads = torch.autograd.grad(parts.loss.sum() * 2, leaves)
+    return [p for p in parts if p is not None], list(grads)
+
+
+def part_of(x, low, high):
+    columns, rows = ("logits", "other"), ("weight", "bias", "teacher")
+    return {
+        name: v[..., low:high] if name in columns else v[low:high] if name in rows else v
+        for name, v in x.items()
+    }
+
+
+def cases():
+    for kind in ("dense-dense", "head-head", "dense-head", "head-ensemble"):
+        for name in ("forward_kl", "reverse_kl", "jsd", fastkd.Renyi(2.0), "logit_mse"):
+            yield kind, dict(divergence=name, temperature=2.0, alpha=0.5)
+    centered = fastkd.LogitMSE(centered=True)
+    yield "dense-dense", dict(divergence=centered, alpha=0.5)
+    yield "dense-dense", dict(alpha=0.7, vocab=45)
+    yield "head-dense", dict(alpha=0.7, vocab=30, divergence="tvd", temperature=2.0)
+    yield "head-head", dict(alpha=0.3, workspace_bytes=3000, shift=True, reduction="none")
+    yield "dense-dense", dict(alpha=0.3, reduction="sum", divergence="hellinger")
+    yield "dense-dense", dict(divergence="jeffreys")
+
+
+def worker(rank, world, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    group = dist.group.WORLD
+    low, high = CUTS[world][rank : rank + 2]
+    for backend in ("eager", "triton"):
+        os.environ["FASTKD_BACKEND"] = backend
+        dtype = torch.float64 if backend == "eager" else torch.float32
+        x, labels = whole(dtype)
+        for i, (kind, settings) in enumerate(cases()):
+            if backend == "triton" and i % 3:  # the interpreter takes its time
+                continue
+            parts, grads = step(kind, part_of(x, low, high), labels, group=group, **settings)
+            expected, slopes = step(kind, x, labels, **settings)
+            cut = [
+                g[..., low:high] if g.shape[-1] == V and kind.startswith("dense")
+                else g[low:high] if g.shape[0] == V else g
+                for g in slopes
+            ]  # fmt: skip
+            close = (
+                dict(rtol=1e-9, atol=1e-11) if backend == "eager" else dict(rtol=1e-4, atol=1e-6)
+            )
+            try:
+                torch.testing.assert_close(parts, expected, **close)
+                torch.testing.assert_close(grads, cut, **close)
+                bits = [torch.empty_like(parts[0]) for _ in range(world)]
+                dist.all_gather(bits, parts[0].detach())
+                assert all(torch.equal(b, bits[0]) for b in bits), "ranks differ"
+            except AssertionError as error:
+                raise AssertionError(f"{backend}, {kind}, {settings}: {error}") from error
+    os.environ["FASTKD_BACKEND"] = "eager"
+    refused(part_of(x, low, high), labels, group)
+    if world == 2:
+        dtensors(rank)
+    dist.destroy_process_group()
+
+
+def refused(x, labels, group):
+    ids = torch.zeros(*ROWS, 1, dtype=torch.long)
+    for teacher in (TopK(ids, -ids.float()), Ensemble([x["other"]])):
+        with pytest.raises(ValueError, match="group"):
+            kd_loss(x["logits"], teacher, group=group)
+    with pytest.raises(ValueError, match=r"\[0, 61\)"):
+        kd_loss(x["logits"], x["other"], labels + 20, group=group)
+    with pytest.raises(TypeError, match="group must be"):
+        kd_loss(x["logits"], x["other"], group="tp")
+    with pytest.raises(ValueError, match="between 1 and 61"):
+        kd_loss(x["logits"], x["other"], group=group, vocab=62)
+
+
+def dtensors(rank):
+    """Tensors that know how they are sharded need no group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    x, labels = whole(torch.float64)
+    expected, slopes = step("dense-dense", x, labels, alpha=0.5)
+    student = distribute_tensor(x["logits"], mesh, [Shard(2)]).requires_grad_()
+    teacher = distribute_tensor(x["other"], mesh, [Shard(-1)])
+    loss = kd_loss(student, teacher, labels, alpha=0.5)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected[0])
+    assert isinstance(student.grad, DTensor)
+    torch.testing.assert_close(student.grad.full_tensor(), slopes[0] / 2)
+
+    weight = distribute_tensor(x["weight"], mesh, [Shard(0)]).requires_grad_()
+    hidden = x["hidden"].clone().requires_grad_()
+    fixed = distribute_tensor(x["teacher"], mesh, [Shard(0)])
+    kd_loss(LMHead(hidden, weight), LMHead(x["wide"], fixed)).backward()
+    own = [x[name].clone().requires_grad_() for name in ("hidden", "weight")]
+    kd_loss(LMHead(*own), LMHead(x["wide"], x["teacher"])).backward()
+    torch.testing.assert_close(weight.grad.full_tensor(), own[1].grad)
+    torch.testing.assert_close(hidden.grad, own[0].grad)
+    with pytest.raises(ValueError, match="Replicate"):
+        kd_loss(distribute_tensor(x["logits"], mesh, [Replicate()]), teacher)
+    with pytest.raises(TypeError, match="DTensor"):
+        kd_loss(student, x["other"])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_shards_are_one_vocabulary(world, tmp_path):
+    mp.spawn(worker, (world, tmp_path / "store"), nprocs=world)

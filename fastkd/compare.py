@@ -128,12 +128,14 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
     with torch.autocast(s.device.type, enabled=False):
         s.start(wants, inplace)
         needed = s.row_bytes(V) + (0 if isinstance(t, TopK) else t.row_bytes(n))
-        block = 0 if uses_triton(s.device, s.logits_dtype) else eager.block_rows(V, s.device)
-        size = chunk_rows(
-            T, needed, settings.workspace_bytes, s.device.type, block, 4 * eager.BUFFERS * V
-        )
+        widest = V
         if needed and gather:  # the ranks must agree
-            size = int(gather(torch.tensor(size, device=s.device)).min())
+            largest = gather(torch.tensor([needed, V], device=s.device)).amax(0)
+            needed, widest = largest.tolist()
+        block = 0 if uses_triton(s.device, s.logits_dtype) else eager.block_rows(widest, s.device)
+        size = chunk_rows(
+            T, needed, settings.workspace_bytes, s.device.type, block, 4 * eager.BUFFERS * widest
+        )
         s.prepare(size, V)
         t.prepare(size, n)
         rows = weight.new_zeros((_count(settings.diagnostics, settings.teacher), T))

@@ -68,7 +68,7 @@ def cases():
     yield "dense-dense", dict(divergence=centered, alpha=0.5)
     yield "dense-dense", dict(alpha=0.7, vocab=45)
     yield "head-dense", dict(alpha=0.7, vocab=30, divergence="tvd", temperature=2.0)
-    yield "head-head", dict(alpha=0.3, workspace_bytes=3000, shift=True, reduction="none")
+    yield "head-head", dict(alpha=0.3, workspace_bytes=30_000, shift=True, reduction="none")
     yield "dense-dense", dict(alpha=0.3, reduction="sum", divergence="hellinger")
     yield "dense-dense", dict(divergence="jeffreys")
 

@@ -80,7 +80,7 @@ def dense(
     # instead of returning them to the system, which would cost page faults, the larger part of the
     # time, in every block.
     torch.empty(32_000_000, dtype=torch.uint8)
-    size = min(_block_rows(student), max(1, len(weight)))
+    size = min(_block_rows(student), max(1, len(weight) // 16))  # little beside a chunk's logits
     # Allocated once: what is freed in between costs page faults again.
     scratch = torch.empty(
         (6 if divergence.kind == "mixed" else 4, size, n), dtype=dtype, device=student.device
@@ -297,20 +297,16 @@ def _rows(x, low, high):
     return x[outer, offset : offset + high - low]
 
 
-def empty_grad(student: torch.Tensor) -> torch.Tensor:
-    """(T, V) memory for the gradient. On Linux in huge pages: the first touch of ordinary ones
-    costs as much as the arithmetic. The advice is only that, and where it cannot be given nothing
-    happens."""
-    grad = torch.empty(
-        (student.shape[0] * student.shape[1], student.shape[2]),
-        dtype=student.dtype,
-        device=student.device,
-    )
-    start = -(-grad.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (grad.data_ptr() + grad.nbytes) // HUGE_PAGE * HUGE_PAGE - start
-    if sys.platform == "linux" and grad.device.type == "cpu" and size > 16 * HUGE_PAGE:
+def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Memory for a gradient, of the type and on the device of `like`. On Linux in huge pages: the
+    first touch of ordinary ones costs as much as the arithmetic. The advice is only that, and where
+    it cannot be given nothing happens."""
+    x = like.new_empty(shape)
+    start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE - start
+    if sys.platform == "linux" and x.device.type == "cpu" and size > 16 * HUGE_PAGE:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return grad
+    return x
 
 
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

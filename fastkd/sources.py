@@ -112,8 +112,11 @@ class Dense(Source):
     # As a student:
 
     def start(self, wants: list[bool], inplace: bool = False) -> None:
-        own = self.tensor.detach().view(-1, self.entries) if inplace else None
-        self.grads = [(eager.empty_grad(self.rows) if own is None else own) if wants[0] else None]
+        self.grads = [None]
+        if wants[0]:
+            outer, length, V = self.rows.shape
+            shape = (outer * length, V)
+            self.grads = [self.rows.view(shape) if inplace else eager.empty(shape, self.rows)]
 
     def grad_of(self, logits: Tensor, low: int, high: int) -> Tensor | None:
         """(rows, V) memory that the gradient wrt a chunk's logits is written to."""
@@ -238,12 +241,15 @@ class LMHead(Source):
 
     def logits(self, low, high, n, temperature):
         out, h, w = self.buffer[: high - low], self.h[low:high], self.w[: self.buffer.shape[1]]
-        if self.b is None:
-            torch.addmm(out, h, w.t(), beta=0, alpha=self.scale, out=out)
-        else:
-            torch.addmm(self.b[: len(w)], h, w.t(), alpha=self.scale, out=out)
+        # On a CPU a block of the weights at a time: whole, they would be repacked for each chunk.
+        step = 1024 if self.device.type == "cpu" else len(w)
+        for low in range(0, len(w), step):
+            part = slice(low, low + step)
+            columns = out[:, part]
+            bias, beta = (columns, 0) if self.b is None else (self.b[: len(w)][part], 1)
+            torch.addmm(bias, h, w[part].t(), beta=beta, alpha=self.scale, out=columns)
         if self.softcap:
-            tanh = torch.tanh(out.div_(self.softcap), out=self.tanh[: high - low])
+            tanh = torch.tanh(out.div_(self.softcap), out=self.tanh[: len(h)])
             torch.mul(tanh, self.softcap, out=out)
         return out[None]
 

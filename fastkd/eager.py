@@ -401,8 +401,8 @@ def _terms(s, t, divergence: Divergence, temperature, work, diagnostics, known=N
     measures = []
     if diagnostics:
         measures = [-(side.p * side.log_p).sum(-1) for side in (b, a)]
-        agree = (s.to(a.p.dtype) == a.maximum) & (t.to(b.p.dtype) == b.maximum)
-        measures.append(agree.any(-1).to(a.p.dtype))
+        behind = (s - a.maximum).add_(t - b.maximum)  # 0 where both are at their maximum
+        measures.append((behind.amax(-1) == 0).to(a.p.dtype))
     value, slope = divergence.term(*sides)
     value = value if infinite is None else value.masked_fill(infinite, math.inf)
     return a, slope, [value, *measures]

@@ -6,7 +6,7 @@ import torch
 from common import assert_as_exact_as_torch, every_divergence, value_and_grad
 
 import fastkd
-from fastkd import kd_loss, reference
+from fastkd import Ensemble, LMHead, TopK, kd_loss, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,3 +130,150 @@ def test_compile():
     expected = value_and_grad(step, student, teacher)
     compiled = value_and_grad(torch.compile(step, fullgraph=True), student, teacher)
     torch.testing.assert_close(compiled, expected, rtol=2e-2, atol=1e-7)
+
+
+# --- Other sources -------------------------------------------------------
+
+
+def heads(T, V, widths=(64, 96), dtype=torch.bfloat16, **options):
+    """LM heads of student and teacher, of which the student's requires grad."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    both = []
+    for H in widths:
+        hidden, weight = (
+            torch.randn(n, H, device="cuda", generator=generator).to(dtype) for n in (T, V)
+        )
+        both.append(LMHead(hidden, weight.mul_(3 * H**-0.5), **options))
+    for x in (both[0].hidden, both[0].weight):
+        x.requires_grad_()
+    return both
+
+
+def gradients(loss, student, teacher, *args, **settings):
+    value = loss(student, teacher, *args, **settings)
+    grads = torch.autograd.grad(value.mean(), (student.hidden, student.weight))
+    return [value.detach().double(), *(g.double() for g in grads)]
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("workspace", [2**26, None])
+def test_heads(softcap, workspace):
+    """In one chunk and in several: no further from float64 than bf16 logits with a loss in fp32."""
+    V = 151_936
+    student, teacher = heads(160, V, softcap=softcap)
+    labels = torch.randint(V, (160,), device="cuda")
+    labels[::7] = -100
+    options = dict(temperature=2.0, alpha=0.5)
+
+    def unfused(s, t, *args, **settings):
+        return reference.kd_loss(
+            reference.logits(s).float(), reference.logits(t).float(), *args, **settings
+        )
+
+    def wide(head):
+        hidden, weight = (x.detach().double().requires_grad_() for x in (head.hidden, head.weight))
+        return LMHead(hidden, weight, softcap=softcap)
+
+    truth = gradients(reference.kd_loss, wide(student), reference.logits(wide(teacher)).detach(),
+                      labels, **options)  # fmt: skip
+    plain = gradients(unfused, student, teacher, labels, **options)
+    ours = gradients(kd_loss, student, teacher, labels, workspace_bytes=workspace, **options)
+    for name, o, p, t in zip(("value", "hidden", "weight"), ours, plain, truth, strict=True):
+        assert (o - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm(), name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_heads_keep_to_the_workspace(trained):
+    """Beyond inputs, gradients and the fp32 sum of a trained head's gradient."""
+    T, V, budget = 4096, 128_256, 2**28
+    student, teacher = heads(T, V, (256, 512))
+    student.weight.requires_grad_(trained)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kd_loss(student, teacher, workspace_bytes=budget).backward()
+    extra = torch.cuda.max_memory_allocated() - before - student.hidden.nbytes
+    extra -= 3 * student.weight.nbytes if trained else 0
+    assert extra <= budget + 16 * 2**20, f"{extra:,} bytes"
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "truncate"])
+@pytest.mark.parametrize("V", [32_000, 151_936, 262_144])
+@pytest.mark.parametrize("K", [1, 64, 100])
+def test_sparse_teachers(tail, V, K, monkeypatch):
+    """Against the torch path in float64."""
+    student, z = pair(300, V)
+    logprobs, ids = z.float().log_softmax(-1).topk(K)
+    labels = torch.randint(V, (300,), device="cuda")
+    for name in ("forward_kl", "jsd"):
+        options = dict(divergence=name, alpha=0.7, reduction="none")
+        teacher = TopK(ids, logprobs, tail=tail)
+        ours = value_and_grad(kd_loss, student, teacher, labels, **options)
+        monkeypatch.setenv("FASTKD_BACKEND", "eager")
+        truth = value_and_grad(
+            kd_loss, student.double(), TopK(ids, logprobs.double(), tail=tail), labels, **options
+        )
+        monkeypatch.delenv("FASTKD_BACKEND")
+        torch.testing.assert_close(ours[0], truth[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[1], truth[1], rtol=2**-7, atol=1e-7)
+        again = value_and_grad(kd_loss, student, teacher, labels, **options)
+        assert torch.equal(again[0], ours[0]) and torch.equal(again[1], ours[1])
+
+
+def every_source(T=64, V=5000):
+    student, teacher = heads(T, V)
+    dense, z = pair(T, V)
+    dense.requires_grad_()
+    logprobs, ids = z.float().log_softmax(-1).topk(8)
+    share = torch.rand(T, device="cuda")
+    return {
+        "heads": (student, teacher),
+        "top-k": (dense, TopK(ids, logprobs)),
+        "head, top-k": (student, TopK(ids, logprobs, tail="truncate")),
+        "mixture": (student, Ensemble([teacher, z], weights=[share, 1 - share])),
+        "geometric": (dense, Ensemble([teacher, z], mode="logits")),
+    }
+
+
+@pytest.mark.parametrize("name", ["heads", "top-k", "head, top-k", "mixture", "geometric"])
+def test_sources_do_not_sync(name):
+    student, teacher = every_source()[name]
+    labels = torch.randint(5000, (64,), device="cuda")
+    kd_loss(student, teacher, labels, alpha=0.5, return_parts=True).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts = kd_loss(student, teacher, labels, alpha=0.5, return_parts=True)
+        (parts.loss / 4).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_heads_compile():
+    student, teacher = heads(64, 32_000)
+
+    def step(hidden, weight):
+        return kd_loss(LMHead(hidden, weight), teacher, temperature=2.0)
+
+    inputs = student.hidden, student.weight
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True)(*inputs), inputs)
+    torch.testing.assert_close(compiled, expected)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "renyi"])
+def test_diagnostics(name):
+    """Their plan is another one."""
+    student, teacher = pair(300, 151_936)
+    divergence = fastkd.Renyi(0.5) if name == "renyi" else name
+    parts = kd_loss(student, teacher, divergence=divergence, reduction="none", return_parts=True)
+    plain = kd_loss(student, teacher, divergence=divergence, reduction="none")
+    torch.testing.assert_close(parts.loss, plain, rtol=1e-5, atol=1e-7)
+    for x, entropy in ((student, parts.student_entropy), (teacher, parts.teacher_entropy)):
+        p = x.double().softmax(-1)
+        torch.testing.assert_close(
+            entropy.double(), torch.special.entr(p).sum(-1), rtol=1e-5, atol=1e-5
+        )
+    agree = (student == student.amax(-1, keepdim=True)) & (
+        teacher == teacher.amax(-1, keepdim=True)
+    )
+    assert torch.equal(parts.top1_agreement.bool(), agree.any(-1))

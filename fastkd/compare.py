@@ -18,8 +18,8 @@ from fastkd import divergences, eager, shards
 from fastkd.sources import LMHead, TopK, unpack
 
 WORKSPACE_BYTES = 512 * 2**20
-# Rows from which a matrix product reads its weights often enough to be bound by arithmetic: more of
-# them take memory and save no time.
+# Rows from which a matrix product is bound by arithmetic, not by reading its weights: more of them
+# take memory and save no time. Bytes and operations both grow with the width, which cancels.
 ENOUGH_ROWS = {"cpu": 128}
 ENOUGH_ROWS_ON_GPU = 4096
 
@@ -138,6 +138,8 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
         )
         s.prepare(size, V)
         t.prepare(size, n)
+        if isinstance(t, TopK):
+            t.cut(n)
         rows = weight.new_zeros((_count(settings.diagnostics, settings.teacher), T))
         for low in range(0, T, size):
             high = min(low + size, T)
@@ -163,7 +165,7 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
         grads = s.finish()
         if gather and isinstance(s, LMHead) and grads[0] is not None:
             grads[0] = shards.total(grads[0], settings.group)  # each shard knows its own part
-    return rows, [weight.new_empty(0) if g is None else g for g in grads[: len(student)]]
+    return rows, [x.new_empty(0) if g is None else g for x, g in zip(student, grads, strict=False)]
 
 
 def chunk_rows(

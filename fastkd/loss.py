@@ -112,7 +112,8 @@ def kd_loss(
             summed over the ranks. Implied by DTensors that are sharded along the vocabulary.
         inplace: the gradient may overwrite the student's logits, which saves a (T, V) buffer.
             Nothing may read the logits afterwards; autograd complains if something saved them.
-            Ignored under torch.compile and by an `LMHead`, which never needs that buffer.
+            Ignored under torch.compile, for a leaf tensor, and by an `LMHead`, which never needs
+            that buffer.
         workspace_bytes: what the logits of one chunk may take where they are made here, by LM heads
             and ensembles; 512 MiB. Dense logits need none.
         return_parts: return `KDParts`.
@@ -130,19 +131,23 @@ def kd_loss(
     Memory:
         Dense logits: one buffer of the student's shape and type, the gradient (none with `inplace`,
         or without gradients), and a few numbers per row. `LMHead`: one chunk's logits, the
-        gradients of what requires one, and, where a head of low precision is trained in several
-        chunks, its gradient in fp32. An fp16 student's gradient, and an `LMHead`'s under reduction
-        "none", is computed in the backward pass, where the upstream factor (loss scaling) is known;
-        the inputs of both sides are kept until then, and an `LMHead`'s logits are made twice.
+        gradients of what requires one, where a head of low precision is trained in several chunks
+        its gradient in fp32, and under autocast the weights in its type. An fp16 student's
+        gradient, and an `LMHead`'s under reduction "none", is computed in the backward pass, where
+        the upstream factor (loss scaling) is known; the inputs of both sides are kept until then,
+        and the logits that are made here are made twice.
+
+    torch.compile takes the numbers (temperature, alpha, a divergence's own) as constants: a
+    schedule of them compiles again for each value.
     """
-    _check_settings(temperature, alpha, reduction, num_items, workspace_bytes)
+    _check_settings(temperature, alpha, reduction, vocab, ignore_index, workspace_bytes)
     d = divergences.get(divergence)
     if group is None:
         student, teacher, group = shards.from_dtensors(student, teacher)
     group = "" if group is None else shards.name_of(group)
     s, t = as_source("student", student), as_source("teacher", teacher)
     _check_sources(s, t, d, temperature, group)
-    _check_rows(s, labels, token_weight, alpha)
+    _check_rows(s, labels, token_weight, alpha, num_items, reduction)
     n = _check_vocabulary(s, t, vocab, group)
     leading, V = s.leading, s.entries
     if shift and not leading:
@@ -155,7 +160,7 @@ def kd_loss(
         else token_weight.to(dtype)
     )
     labels = None if labels is None else labels.long()
-    if shift:
+    if shift and s.leading[-1]:
         weight = F.pad(weight[..., 1:], (0, 1))
         labels = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if labels is not None:
@@ -189,9 +194,12 @@ def kd_loss(
     loss, rows = _Loss.apply(
         labels if wants_entropy else None, coefficient, settings,
         [x.requires_grad and torch.is_grad_enabled() for x in student_tensors],
+        # In the backward pass, where the upstream factors are known: fp16 would lose small
+        # gradients in a cast before, and a weight's gradient cannot be scaled row by row after.
+        s.dtype == torch.float16 or (reduction == "none" and isinstance(s, LMHead)),
         reduction == "none",
-        inplace and isinstance(s, Dense) and student.is_contiguous()
-        and not torch.compiler.is_compiling(),
+        inplace and isinstance(s, Dense) and s.tensor.is_contiguous()
+        and not (s.tensor.is_leaf and s.tensor.requires_grad or torch.compiler.is_compiling()),
         *student_tensors, *teacher_tensors,
     )  # fmt: skip
     loss = loss.view(leading) if reduction == "none" else loss
@@ -230,8 +238,17 @@ class KDLoss(torch.nn.Module):
         self.settings = {name: kd_loss.__kwdefaults__[name] for name in sorted(known)} | settings
         self.settings["divergence"] = divergences.get(self.settings["divergence"])
         _check_settings(
-            *(self.settings[k] for k in ("temperature", "alpha", "reduction")),
-            workspace_bytes=self.settings["workspace_bytes"],
+            *(
+                self.settings[name]
+                for name in (
+                    "temperature",
+                    "alpha",
+                    "reduction",
+                    "vocab",
+                    "ignore_index",
+                    "workspace_bytes",
+                )  # fmt: skip
+            )
         )
 
     def forward(
@@ -261,7 +278,7 @@ class KDLoss(torch.nn.Module):
         return ", ".join(f"{k}={v}" for k, v in changed.items())
 
 
-def _check_settings(temperature, alpha, reduction, num_items=None, workspace_bytes=None) -> None:
+def _check_settings(temperature, alpha, reduction, vocab, ignore_index, workspace_bytes) -> None:
     for name, value in (("temperature", temperature), ("alpha", alpha)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -278,23 +295,34 @@ def _check_settings(temperature, alpha, reduction, num_items=None, workspace_byt
             )
         if workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes must be positive, got {workspace_bytes}")
-    if num_items is None:
-        return
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    number = isinstance(vocab, int) and not isinstance(vocab, bool)
+    if vocab not in ("strict", "shared") and not (number and vocab > 0):
+        raise ValueError(
+            f"vocab must be 'strict', 'shared' or a positive number of entries, got {vocab!r}"
+        )
+
+
+def _check_num_items(num_items, reduction, device) -> None:
     if reduction != "mean":
         raise ValueError(
             f"num_items divides under reduction 'mean' only, got reduction {reduction!r}"
         )
     if isinstance(num_items, Tensor):
-        if num_items.dim() != 0:
+        if num_items.dim() != 0 or num_items.requires_grad:
             raise ValueError(
-                f"num_items must be a number or a 0-d tensor, got shape {shape_of(num_items)}"
+                "num_items must be a number or a 0-d tensor that does not require grad, got shape"
+                f" {shape_of(num_items)}"
             )
+        if num_items.device.type not in ("cpu", device.type):
+            raise ValueError(f"num_items is on {num_items.device}, the student on {device}")
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(
             f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}"
         )
-    elif num_items < 0:
-        raise ValueError(f"num_items must not be negative, got {num_items}")
+    elif not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
 def _check_sources(s: Source, t: Source, d: Divergence, temperature: float, group: str) -> None:
@@ -363,7 +391,9 @@ def _check_constant(t: Source) -> None:
                 )
 
 
-def _check_rows(s: Source, labels, token_weight, alpha) -> None:
+def _check_rows(s: Source, labels, token_weight, alpha, num_items, reduction) -> None:
+    if num_items is not None:
+        _check_num_items(num_items, reduction, s.device)
     for name, x in (("labels", labels), ("token_weight", token_weight)):
         if isinstance(x, Tensor) and x.device != s.device:
             raise ValueError(f"{name} is on {x.device}, the student on {s.device}")
@@ -408,8 +438,6 @@ def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
         n = V
     elif vocab == "shared":
         n = smallest
-    elif isinstance(vocab, bool) or not isinstance(vocab, int):
-        raise ValueError(f"vocab must be 'strict', 'shared' or a number of entries, got {vocab!r}")
     elif group:
         n = shards.cut(vocab, smallest, group, s.device)
     elif not 1 <= vocab <= smallest:
@@ -426,9 +454,13 @@ def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
             _check_range("top-k ids", x.ids, absent, n)
             ordered = torch.where(x.ids < 0, -1, x.ids.long()).sort(-1).values
             repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-            _require(
-                ~repeated, "top-k ids must be distinct in a row, got {} twice", ordered[..., 1:]
-            )
+            message = "top-k ids must be distinct in a row, got {} twice"
+            _require(~repeated, message, ordered[..., 1:])
+            message = "top-k log-probabilities must not be positive, got {}"
+            _require(absent | ~(x.logprobs > 0.01), message, x.logprobs)
+    if isinstance(t, Ensemble) and isinstance(t.weights, Tensor):
+        message = "Ensemble's weights must be finite and not negative"
+        _require(t.weights.isfinite() & (t.weights >= 0), message, t.weights)
     return n
 
 
@@ -450,23 +482,19 @@ def _require(holds: Tensor, message: str, values: Tensor) -> None:
 
 class _Loss(torch.autograd.Function):
     """Weighted losses of T rows, or their sum. The gradients are computed forwards, once per
-    weight; backwards they are only scaled."""
+    weight, and backwards only scaled; or backwards (`later`)."""
 
     @staticmethod
-    def forward(ctx, labels, weight, settings, wants, per_row, inplace, *tensors):
+    def forward(ctx, labels, weight, settings, wants, later, per_row, inplace, *tensors):
         count = len(wants)
-        student, teacher = list(tensors[:count]), list(tensors[count:])
-        # In the backward pass, where the upstream factors are known: fp16 would lose small
-        # gradients in a cast before, and a weight's gradient cannot be scaled row by row after.
-        later = any(wants) and (student[0].dtype == torch.float16 or (per_row and count > 1))
+        later = later and any(wants)
         now = [False] * count if later else wants
-        rows, grads = compare.compare(student, teacher, labels, weight, settings, now, inplace)
+        rows, grads = compare.compare(
+            list(tensors[:count]), list(tensors[count:]), labels, weight, settings, now, inplace
+        )
         ctx.settings, ctx.wants, ctx.later, ctx.inplace = settings, wants, later, inplace
-        ctx.shapes, ctx.teachers = [x.shape for x in student], len(teacher)
-        if later:
-            ctx.save_for_backward(labels, weight, *tensors)
-        elif any(wants):
-            ctx.save_for_backward(*grads)
+        ctx.shapes, ctx.count = [x.shape for x in tensors[:count]], len(tensors)
+        ctx.save_for_backward(weight, *([labels, *tensors] if later else grads))
         loss = torch.zeros_like(rows[0])
         for row, scale in ((0, settings.kd_scale), (1, settings.ce_scale)):
             if scale:
@@ -479,26 +507,31 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream, _rows):
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
         upstream, count = upstream.detach(), len(ctx.wants)
+        weight, *saved = ctx.saved_tensors
+        if upstream.dim() and len(upstream) and upstream.stride(0) == 0:
+            upstream = upstream[0]  # the factor of a sum over the rows, expanded
+        if upstream.dim():  # whatever is made of a row that does not count
+            upstream = torch.where(weight != 0, upstream, 0)
         if ctx.later:
-            labels, weight, *tensors = ctx.saved_tensors
+            labels, *tensors = saved
+            inplace = ctx.inplace and not _graph_is_kept()
             grads = compare.compare(
                 tensors[:count], tensors[count:], labels, weight * upstream, ctx.settings,
-                ctx.wants, ctx.inplace,
+                ctx.wants, inplace,
             )[1]  # fmt: skip
         else:
             grads = [
                 _scale(grad, upstream) if wanted else None
-                for grad, wanted in zip(ctx.saved_tensors, ctx.wants, strict=False)
+                for grad, wanted in zip(saved, ctx.wants, strict=True)
             ]
         grads = [
             grad.view(shape) if wanted else None
-            for grad, shape, wanted in zip(grads, ctx.shapes, ctx.wants, strict=False)
+            for grad, shape, wanted in zip(grads, ctx.shapes, ctx.wants, strict=True)
         ]
         if again:
             anchor = torch.zeros((), requires_grad=True)
             grads = [g if g is None else _OnlyOnce.apply(g, anchor) for g in grads]
-        teachers = ctx.teachers
-        return (*[None] * 6, *grads, *[None] * teachers)
+        return (*[None] * 7, *grads, *[None] * (ctx.count - count))
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -520,14 +553,15 @@ def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
     """`grad` times one factor, or one for each row."""
     if torch.compiler.is_compiling():
         return (grad * (upstream[:, None] if upstream.dim() else upstream)).to(grad.dtype)
-    # In place, unless the graph is kept and will ask for the gradient again.
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
-    grad = grad.clone() if kept else grad
+    grad = grad.clone() if _graph_is_kept() else grad
     if compare.uses_triton(grad.device, grad.dtype):
         from fastkd.kernels.dense import scale_
     else:
         from fastkd.eager import scale_
-    if upstream.dim() and upstream.stride(0) == 0:
-        upstream = upstream[0]  # the factor of a sum over the rows, expanded
     scale_(grad if grad.dim() == 2 else grad[None], upstream)
     return grad
+
+
+def _graph_is_kept() -> bool:
+    """Whether the gradient may be asked for again, so that what is saved must stay as it is."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

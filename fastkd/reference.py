@@ -21,8 +21,8 @@ def naive(
     return divergences.get(divergence).reference(student, teacher, temperature)
 
 
-def logits(source: Tensor | Source, temperature: float = 1.0) -> Tensor:
-    """The (..., V) logits of a source, all of them at once."""
+def logits(source: Tensor | Source, temperature: float = 1.0, n: int | None = None) -> Tensor:
+    """The (..., V) logits of a source, all of them at once; of an ensemble's first n entries."""
     if isinstance(source, LMHead):
         z = source.scale * (source.hidden @ source.weight.T)
         z = z if source.bias is None else z + source.bias
@@ -30,8 +30,8 @@ def logits(source: Tensor | Source, temperature: float = 1.0) -> Tensor:
     if isinstance(source, TopK):
         raise TypeError("a top-k teacher has no logits")
     if isinstance(source, Ensemble):
-        n = source.entries
-        every = [logits(t, temperature)[..., :n] for t in source.teachers]
+        n = n or source.entries
+        every = [logits(t, temperature, n)[..., :n] for t in source.teachers]
         if source.mode == "logits":
             return sum(w * z for w, z in _weighted(source, every))
         p = sum(w * F.softmax(z / temperature, -1) for w, z in _weighted(source, every))
@@ -68,10 +68,10 @@ def kd_loss(
     gives.
     """
     d = divergences.get(divergence)
-    student, teacher = logits(student, temperature), logits(teacher, temperature)
-    n = {"strict": student.shape[-1], "shared": min(student.shape[-1], teacher.shape[-1])}.get(
-        vocab, vocab
-    )
+    student = logits(student)
+    sizes = student.shape[-1], logits(teacher).shape[-1]
+    n = {"strict": sizes[0], "shared": min(sizes)}.get(vocab, vocab)
+    teacher = logits(teacher, temperature, n)
     weight = torch.ones(student.shape[:-1], dtype=student.dtype, device=student.device)
     if token_weight is not None:
         weight = token_weight.to(student.dtype)
@@ -86,7 +86,10 @@ def kd_loss(
         losses = losses * d.compensation(temperature)
     if alpha < 1:
         losses = losses + (1 - alpha) * F.cross_entropy(
-            student.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
+            student.reshape(-1, sizes[0]),
+            labels.reshape(-1).long(),
+            reduction="none",
+            ignore_index=ignore_index,
         ).view(labels.shape)
     losses = torch.where(weight != 0, weight * losses, 0)
     if reduction == "none":

@@ -71,40 +71,35 @@ def cut(vocab: int, V: int, group: str, device: torch.device) -> int:
 def from_dtensors(student, teacher):
     """(student, teacher, group) with DTensors replaced by this rank's shards.
 
-    A student's logits, or its LM head's weight, may be a DTensor that is sharded along the
-    vocabulary; then the teacher's is one too. Returned as they came, with group None, where there
-    is no DTensor.
+    Logits may be DTensors that are sharded along the vocabulary, on both sides. Returned as they
+    came, with group None, where there is no DTensor. An LM head's weight says nothing: FSDP shards
+    it the same way, over ranks with other rows.
     """
-    tensors = [x.weight if isinstance(x, LMHead) else x for x in (student, teacher)]
-    if not any(type(x).__name__ == "DTensor" for x in tensors):
+    for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, LMHead) and type(x.weight).__name__ == "DTensor":
+            raise ValueError(
+                f"the {name}'s LMHead has a DTensor as its weight: pass weight.full_tensor()"
+                " (FSDP), or weight.to_local() and the group= of its vocabulary shards"
+            )
+    if not any(type(x).__name__ == "DTensor" for x in (student, teacher)):
         return student, teacher, None
     from torch.distributed.tensor import DTensor
 
     groups, local = set(), []
-    for name, source, x in zip(("student", "teacher"), (student, teacher), tensors, strict=True):
+    for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, DTensor):
             raise TypeError(
                 f"the other side is a DTensor: {name} must be one with the same shards, got"
-                f" {type(source).__name__}"
+                f" {type(x).__name__}"
             )
-        dim = 0 if isinstance(source, LMHead) else x.dim() - 1
         sharded = [i for i, p in enumerate(x.placements) if p.is_shard()]
-        if len(sharded) != 1 or x.placements[sharded[0]].dim % x.dim() != dim:
+        if len(sharded) != 1 or x.placements[sharded[0]].dim % x.dim() != x.dim() - 1:
             raise ValueError(
-                f"{name} must be sharded along the vocabulary alone (Shard({dim})), got"
-                f" placements {x.placements}"
+                f"{name} must be sharded along the vocabulary alone (Shard(-1)), got placements"
+                f" {x.placements}"
             )
         groups.add(x.device_mesh.get_group(sharded[0]))
-        x = x.to_local()
-        if isinstance(source, LMHead):
-            x = LMHead(
-                source.hidden, x, _local(source.bias), softcap=source.softcap, scale=source.scale
-            )
-        local.append(x)
+        local.append(x.to_local())
     if len(groups) > 1:
         raise ValueError("student and teacher are sharded over different groups")
     return *local, groups.pop()
-
-
-def _local(x):
-    return x.to_local() if hasattr(x, "to_local") else x

@@ -24,8 +24,8 @@ TAILS = ("bucket", "renormalize", "truncate")
 MODES = ("probabilities", "logits")
 
 
-def shape_of(x) -> tuple[int, ...]:
-    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
 def _check_floats(what: str, x) -> None:
@@ -167,7 +167,7 @@ class LMHead(Source):
         scale: float = 1.0,
     ):
         for what, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-            if x is not None:
+            if what != "bias" or x is not None:
                 _check_floats(f"LMHead's {what}", x)
                 if x.device != hidden.device:
                     raise ValueError(
@@ -195,8 +195,9 @@ class LMHead(Source):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits: autocast's, or the one of both factors."""
-        if torch.is_autocast_enabled(self.device.type):
+        """Of the logits: autocast's (which leaves float64 alone), or the one of both factors."""
+        double = self.hidden.dtype == self.weight.dtype == torch.float64
+        if torch.is_autocast_enabled(self.device.type) and not double:
             return torch.get_autocast_dtype(self.device.type)
         if self.hidden.dtype != self.weight.dtype:
             raise TypeError(
@@ -236,15 +237,17 @@ class LMHead(Source):
         self.buffer = torch.empty((size, n), dtype=self.h.dtype, device=self.device)
         self.tanh = torch.empty_like(self.buffer) if self.grads and self.softcap else self.buffer
         # Several chunks of a low precision add up in fp32, or each would be rounded.
-        if self.grads and self.grads[1] is not None and size < len(self.h):
-            self.grads[1] = self.grads[1].to(_sum_dtype(self.h.dtype))
+        if self.grads and self.grads[1] is not None:
+            several = size < len(self.h)
+            dtype = _sum_dtype(self.h.dtype) if several else self.h.dtype
+            self.grads[1] = torch.empty(self.w.shape, dtype=dtype, device=self.device)
 
     def logits(self, low, high, n, temperature):
         out, h, w = self.buffer[: high - low], self.h[low:high], self.w[: self.buffer.shape[1]]
         # On a CPU a block of the weights at a time: whole, they would be repacked for each chunk.
         step = 1024 if self.device.type == "cpu" else len(w)
-        for low in range(0, len(w), step):
-            part = slice(low, low + step)
+        for first in range(0, len(w), step):
+            part = slice(first, first + step)
             columns = out[:, part]
             bias, beta = (columns, 0) if self.b is None else (self.b[: len(w)][part], 1)
             torch.addmm(bias, h, w[part].t(), beta=beta, alpha=self.scale, out=columns)
@@ -257,13 +260,11 @@ class LMHead(Source):
 
     def start(self, wants, inplace=False):
         wants = [*wants, False][:3]
-        # `weight` in the products' type as long as one product makes it, see `prepare`.
         self.grads = [
-            torch.empty_like(x) if wanted else None
-            for x, wanted in zip((self.h, self.w, self.b), wants, strict=True)
+            torch.empty_like(self.h, memory_format=torch.contiguous_format) if wants[0] else None,
+            self.w if wants[1] else None,  # its place: `prepare` knows in which type
+            torch.zeros_like(self.b, dtype=_sum_dtype(self.b.dtype)) if wants[2] else None,
         ]
-        if wants[2]:
-            self.grads[2] = torch.zeros_like(self.b, dtype=_sum_dtype(self.b.dtype))
         self.first = True
 
     def grad_of(self, logits, low, high):
@@ -274,6 +275,7 @@ class LMHead(Source):
         if self.softcap:
             tanh = self.tanh[: high - low]
             torch.ops.aten.tanh_backward.grad_input(grad, tanh, grad_input=grad)
+            grad.masked_fill_(~counts[:, None], 0)  # a row that does not count may hold anything
         if d_hidden is not None:
             out = d_hidden[low:high]
             torch.addmm(out, grad, self.w, beta=0, alpha=self.scale, out=out)
@@ -359,7 +361,16 @@ class TopK(Source):
         return tuple(self.ids.shape)
 
     def row_bytes(self, n):
-        return 4 * n
+        return _sum_dtype(self.dtype).itemsize * n
+
+    def cut(self, n: int) -> None:
+        """Keep the vocabulary's first n entries: what was known of the others is not possible any
+        more."""
+        beyond = self.ids >= n
+        lp = self.logprobs.to(_sum_dtype(self.dtype))
+        gone = torch.where(beyond, lp.exp(), 0).sum(-1, keepdim=True)
+        self.logprobs = lp - torch.log1p(-gone.clamp(max=1 - 1e-6))
+        self.ids = self.ids.masked_fill(beyond, -1)
 
     def logits(self, low, high, n, temperature):
         """Of a renormalised teacher, the only one that is a distribution over the vocabulary."""
@@ -405,6 +416,7 @@ class Ensemble(Source):
         if mode not in MODES:
             raise ValueError(f"Ensemble's mode must be one of {', '.join(MODES)}, got {mode!r}")
         first = self.teachers[0]
+        self.leading, self.device = first.leading, first.device
         for i, t in enumerate(self.teachers):
             if t.leading != first.leading or t.device != first.device:
                 raise ValueError(
@@ -418,32 +430,36 @@ class Ensemble(Source):
                     f" its distribution is not known), got mode={mode!r}, tail={t.tail!r}"
                 )
         self.mode = mode
-        self.weights = self._check_weights(weights, first)
-        self.leading, self.device = first.leading, first.device
+        self.weights = self._normalised(weights)
 
-    def _check_weights(self, weights, first) -> list[float] | Tensor:
+    def _normalised(self, weights) -> list[float] | Tensor:
         count = len(self.teachers)
         weights = [1.0] * count if weights is None else list(weights)
         if len(weights) != count:
             raise ValueError(f"Ensemble has {count} teachers, but {len(weights)} weights")
         if not any(isinstance(w, Tensor) for w in weights):
-            if not all(_is_number(w) and w >= 0 for w in weights) or not sum(weights) > 0:
+            valid = all(_is_number(w) and w >= 0 for w in weights)
+            if not valid or not 0 < sum(weights) < math.inf:
                 raise ValueError(
-                    "Ensemble's weights must be numbers that are not negative, with a positive"
-                    f" sum, got {weights}"
+                    "Ensemble's weights must be numbers that are not negative, with a finite"
+                    f" positive sum, got {weights}"
                 )
             return [w / sum(weights) for w in weights]
         whole = []
         for w in weights:
-            w = torch.as_tensor(w, dtype=torch.float32, device=first.device)
-            if w.shape not in ((), first.leading):
+            if not isinstance(w, Tensor):  # filled on the device: a copy would be a sync
+                w = torch.full((), w, dtype=self.dtype, device=self.device)
+            if w.shape not in ((), self.leading) or w.device != self.device:
                 raise ValueError(
-                    "Ensemble's weights must be numbers or tensors of shape"
-                    f" {tuple(first.leading)}, got shape {shape_of(w)}"
+                    f"Ensemble's weights must be numbers or tensors of shape {tuple(self.leading)}"
+                    f" on {self.device}, got shape {shape_of(w)} on {w.device}"
                 )
-            whole.append(w.expand(first.leading))
-        stacked = torch.stack(whole).detach()
-        return stacked / stacked.sum(0)
+            if w.requires_grad:
+                raise ValueError("Ensemble's weights are not differentiated: detach them")
+            whole.append(w.to(self.dtype).expand(self.leading))
+        stacked = torch.stack(whole)
+        total = stacked.sum(0)
+        return stacked / torch.where(total == 0, 1, total)
 
     @property
     def dtype(self):
@@ -480,7 +496,7 @@ class Ensemble(Source):
         return source
 
     def row_bytes(self, n):
-        return sum(t.row_bytes(n) for t in self.teachers) + 3 * n * self.dtype.itemsize
+        return sum(t.row_bytes(n) for t in self.teachers) + 4 * n * self.dtype.itemsize
 
     def prepare(self, size, n):
         for t in self.teachers:
@@ -498,8 +514,14 @@ class Ensemble(Source):
                 z = torch.where(w == 0, 0, z * w) if isinstance(w, Tensor) else z * w
                 total = z if total is None else total.add_(z)
             else:
-                z = F.log_softmax(z / temperature, -1)
-                z += w.log() if isinstance(w, Tensor) else math.log(w)
+                # Dead entries, rows without any other and teachers without a share add nothing.
+                z = (z / temperature).masked_fill_(z <= eager.DEAD, -math.inf)
+                empty = z.amax(-1, keepdim=True) == -math.inf
+                z = F.log_softmax(z, -1).masked_fill_(empty, -math.inf)
+                if isinstance(w, Tensor):
+                    z = z.add_(w.log()).masked_fill_(w == 0, -math.inf)
+                else:
+                    z += math.log(w)
                 total = z if total is None else torch.logaddexp(total, z, out=total)
         return (total if self.mode == "logits" else total.mul_(temperature))[None]
 
@@ -508,7 +530,7 @@ _KINDS = {cls.code: cls for cls in (Dense, LMHead, TopK, Ensemble)}
 
 
 def as_source(name: str, x: Tensor | Source) -> Source:
-    if isinstance(x, Source):
+    if type(x) in _KINDS.values():
         return x
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -564,7 +586,7 @@ def _accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch adds low-precision products to an fp32 matrix on this device: not
     everywhere, and not in every version."""
     x = torch.zeros(16, 16, dtype=dtype, device=device)
-    total = torch.zeros(16, 16, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
     except (RuntimeError, NotImplementedError, TypeError):

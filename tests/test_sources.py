@@ -229,6 +229,24 @@ def test_reductions_and_weights(reduction, backend, chunked):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_upstream_factors_of_ignored_rows_do_not_matter():
+    """sqrt(0) has an infinite slope."""
+    for kind in ("dense", "head"):
+        student, teacher = make(kind, dtype=torch.float32), make("dense", "teacher", torch.float32)
+        loss = kd_loss(student, teacher, LABELS, reduction="none")
+        for grad in torch.autograd.grad(loss.sqrt().sum(), tensors_of(student)):
+            assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
+def test_no_positions(backend):
+    for kind in ("dense", "head"):
+        for options in (dict(shift=True), dict(reduction="none")):
+            student = make(kind, dtype=torch.float32, rows=(2, 0))
+            teacher = make("dense", "teacher", torch.float32, rows=(2, 0))
+            value, *grads = run(kd_loss, student, teacher, **options)
+            assert value.sum() == 0 and all((g == 0).all() for g in grads)
+
+
 def test_nothing_counts_and_nothing_there(backend):
     for rows in ((4,), (0,)):
         student = make("head with bias", dtype=torch.float32, rows=rows)
@@ -238,8 +256,9 @@ def test_nothing_counts_and_nothing_there(backend):
         assert value == 0 and all((g == 0).all() for g in grads)
 
 
-def test_masked_rows_may_hold_anything(backend, chunked):
-    student, teacher = (make("head", side, torch.float32) for side in ("student", "teacher"))
+@pytest.mark.parametrize("kind", ["head", "head capped"])
+def test_masked_rows_may_hold_anything(kind, backend, chunked):
+    student, teacher = (make(kind, side, torch.float32) for side in ("student", "teacher"))
     expected = run(kd_loss, student, teacher, LABELS)
     with torch.no_grad():
         student.hidden[LABELS == -100] = float("nan")
@@ -277,6 +296,37 @@ def test_cut_vocabularies(kind, backend):
     if kind == "dense":
         grad = run(kd_loss, student, z[..., :50], vocab="shared")[1]
         assert (grad[..., 50:] == 0).all() and (grad[..., :50] != 0).all()
+
+
+def test_cut_lists(backend):
+    """What a served teacher gave beyond the cut is not possible any more: as with dense logits, a
+    student that equals the cut teacher has nothing to learn."""
+    z = make("dense", "teacher", torch.float32).requires_grad_()
+    ids, logprobs = everything(z)
+    for tail in ("bucket", "renormalize", "truncate"):
+        value, grad = run(kd_loss, z, TopK(ids, logprobs, tail=tail), vocab=30)
+        assert value.abs() < 1e-6 and grad.abs().max() < 1e-6
+
+
+def test_ensembles_of_teachers_without_a_say(backend):
+    """Dead rows, empty lists and weights of 0 leave the other teachers' mixture, and no NaN."""
+    student, z = make("dense", dtype=torch.float32), make("dense", "teacher", torch.float32)
+    dead = z.clone()
+    dead[0, 0] = -torch.inf
+    nobody = torch.full((*ROWS, 2), -1, device=DEVICE)
+    empty = TopK(nobody, torch.zeros(nobody.shape, device=DEVICE), tail="renormalize")
+    expected = run(kd_loss, student, z)
+    first = torch.zeros(ROWS, device=DEVICE)
+    first[0, 0] = 1
+    for mixture in (
+        Ensemble([z, dead], weights=[1.0, 1 - first]),
+        Ensemble([z, empty]),
+        Ensemble([z, torch.full_like(z, torch.nan)], weights=[1.0, 0.0]),
+    ):
+        ours = run(kd_loss, student, mixture)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    value = kd_loss(student, Ensemble([dead]), reduction="none")
+    assert value[0, 0] == torch.inf and value.isinf().sum() == 1
 
 
 def test_sparse_teacher_as_served(backend):
@@ -373,6 +423,26 @@ def test_compiles_without_graph_break(pair, reduction, chunked):
     )
 
 
+def test_loss_scaling_under_autocast():
+    """fp32 hidden states (after a layer norm), products in fp16: the upstream factor comes before
+    the cast."""
+    student, teacher = (
+        make("head", side, torch.float32, entries=5000, spread=1.0)
+        for side in ("student", "teacher")
+    )
+
+    def scaled(loss, s, t):
+        return loss(s, t, num_items=2**20) * 2.0**24
+
+    truth = run(lambda s, t: scaled(reference.kd_loss, s, t), cast(student, torch.float64),
+                cast(teacher, torch.float64))  # fmt: skip
+    with torch.autocast(DEVICE, torch.float16):
+        value = scaled(kd_loss, student, teacher)
+    grads = torch.autograd.grad(value, tensors_of(student))
+    for o, t in zip(grads, truth[1:], strict=True):
+        assert (o.double() - t).norm() < 0.01 * t.norm()
+
+
 def test_autocast(backend):
     """fp32 parameters, products in bf16 as torch would multiply them; gradients in fp32."""
     student, teacher = (make("head", side, torch.float32) for side in ("student", "teacher"))
@@ -385,6 +455,20 @@ def test_autocast(backend):
     mixed = LMHead(student.hidden.bfloat16(), student.weight)
     with pytest.raises(TypeError, match="bfloat16 and its weight torch.float32"):
         kd_loss(mixed, teacher)
+
+
+def test_compiles_for_any_layout():
+    """A transposed weight and hidden state: what the operator is said to return is what it does."""
+    weight = torch.randn(H, V, device=DEVICE, requires_grad=True)
+    hidden = torch.randn(H, 9, device=DEVICE, requires_grad=True)
+    teacher = torch.randn(9, V, device=DEVICE)
+
+    def step(h, w):
+        return kd_loss(LMHead(h.t(), w.t()), teacher, temperature=2.0)
+
+    expected = torch.autograd.grad(step(hidden, weight), (hidden, weight))
+    compiled = torch.compile(step, fullgraph=True)(hidden, weight)
+    torch.testing.assert_close(torch.autograd.grad(compiled, (hidden, weight)), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -476,7 +560,11 @@ def test_memory_keeps_to_the_workspace(budget):
 HIDDEN, WEIGHT = torch.randn(4, H, device=DEVICE), torch.randn(V, H, device=DEVICE)
 IDS = torch.arange(12, device=DEVICE).view(4, 3)
 Z = torch.randn(4, V, device=DEVICE)
-HEAD, PAIRS = LMHead(HIDDEN, WEIGHT), TopK(IDS, Z[:, :3])
+HEAD, PAIRS = LMHead(HIDDEN, WEIGHT), TopK(IDS, -Z[:, :3].abs())
+
+
+class Louder(LMHead):
+    """Its overridden methods would not survive the way through an operator."""
 
 
 @pytest.mark.parametrize(
@@ -489,6 +577,14 @@ HEAD, PAIRS = LMHead(HIDDEN, WEIGHT), TopK(IDS, Z[:, :3])
         (ValueError, "scale", lambda: LMHead(HIDDEN, WEIGHT, scale=float("nan"))),
         (TypeError, "int64", lambda: LMHead(IDS, WEIGHT)),
         (TypeError, "weight must be a tensor", lambda: LMHead(HIDDEN, [1.0])),
+        (TypeError, "hidden must be a tensor", lambda: LMHead(None, WEIGHT)),
+        (TypeError, "weight must be a tensor", lambda: LMHead(HIDDEN, None)),
+        (ValueError, "finite", lambda: Ensemble([Z, Z], [1e308, 1e308])),
+        (ValueError, "detach", lambda: Ensemble([Z], [Z[:, 0].clone().requires_grad_()])),
+        (TypeError, "got Louder", lambda: kd_loss(Z, Louder(HIDDEN, WEIGHT))),
+        (ValueError, "num_items", lambda: kd_loss(Z, Z, num_items=float("nan"))),
+        (ValueError, "vocab", lambda: fastkd.KDLoss(vocab="longest")),
+        (TypeError, "ignore_index", lambda: kd_loss(Z, Z, ignore_index=None)),
         (TypeError, "integer", lambda: TopK(Z, Z)),
         (ValueError, "(4, 3) and (4, 61)", lambda: TopK(IDS, Z)),
         (ValueError, "'tail!'", lambda: TopK(IDS, Z[:, :3], tail="tail!")),
@@ -537,7 +633,11 @@ def test_bad_ids():
         wrong[1, 1] = 0
         wrong[1, 0] = 7
         with pytest.raises(ValueError, match=message):
-            kd_loss(Z, TopK(wrong, Z[:, :3]))
+            kd_loss(Z, TopK(wrong, -IDS.float()))
+    with pytest.raises(ValueError, match="positive"):
+        kd_loss(Z, TopK(IDS, Z[:, :3].abs() + 1))
+    with pytest.raises(ValueError, match="negative"):
+        kd_loss(Z, Ensemble([Z, Z], torch.tensor([2.0, -1.0])))
 
 
 def test_every_divergence_says_whether_it_may_be_pooled():

@@ -139,6 +139,7 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
         s.prepare(size, V)
         t.prepare(size, n)
         if isinstance(t, TopK):
+            slack = max(2.0**-20, 8 * torch.finfo(t.dtype).eps)
             t.cut(n)
         rows = weight.new_zeros((_count(settings.diagnostics, settings.teacher), T))
         for low in range(0, T, size):
@@ -153,7 +154,7 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
             if isinstance(t, TopK):
                 rows[:, part] = topk(
                     logits, t.ids[part], t.logprobs[part], y, w, divergence, grad=grad,
-                    tail=t.tail, teacher_temperature=t.temperature, **options,
+                    tail=t.tail, teacher_temperature=t.temperature, slack=slack, **options,
                 )  # fmt: skip
             else:
                 target = t.logits(low, high, n, settings.temperature)

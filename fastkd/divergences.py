@@ -143,6 +143,11 @@ class Divergence:
     @property
     def numbers(self) -> tuple[float, float]:
         """The two constants that the Triton term gets."""
+        if len(astuple(self)) > 2:
+            raise TypeError(
+                f"{type(self).__name__} has more than the two numbers a Triton term takes: override"
+                " `numbers`, or use FASTKD_BACKEND=eager"
+            )
         return (*map(float, astuple(self)), 0.0, 0.0)[:2]
 
     def compensation(self, temperature: float) -> float:
@@ -380,8 +385,16 @@ class TVD(Divergence):
         return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
     def term(self, log_p, log_q, p, q):
-        difference = torch.sub(q, p, out=log_p)
-        return torch.linalg.vector_norm(difference, 1, -1) / 2, difference.sign_().mul_(q).mul_(0.5)
+        difference = torch.sub(q, p, out=p)
+        value = torch.linalg.vector_norm(difference, 1, -1) / 2
+        # As in `kl`: a small one is summed again, from |p (e^d - 1)|.
+        rows = value < CANCELS if value.device.type == "cpu" else slice(None)
+        if isinstance(rows, slice) or rows.any():
+            d = log_q[rows] - log_p[rows]
+            near = torch.expm1(d.clamp(max=1)).mul_(log_p[rows].exp()).abs_()
+            near = torch.where(d.abs() < 0.5, near, difference[rows].abs())
+            value[rows] = near.sum(-1) / 2
+        return value, difference.sign_().mul_(q).mul_(0.5)
 
     def triton_term(self):
         return _terms().tvd
@@ -448,8 +461,8 @@ class Renyi(Divergence):
 class AlphaBeta(Divergence):
     """-1/(αβ) Σ [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)]; α, β, α+β ≠ 0.
 
-    Forward KL is the limit (1, 0), reverse KL (0, 1). Wang et al.: ABKD (2025); Cichocki, Cruces,
-    Amari (2011).
+    Forward KL is the limit (1, 0), reverse KL (0, 1). Negative exponents overflow: powers stop at
+    2^100. Wang et al.: ABKD (2025); Cichocki, Cruces, Amari (2011).
     """
 
     alpha: float
@@ -500,7 +513,8 @@ class AlphaBeta(Divergence):
 
 
 def _power(log_x):
-    return torch.exp2(log_x.mul_(1 / math.log(2)).clamp_(max=60))  # negative exponents overflow
+    limit = 100 if log_x.dtype == torch.float32 else 900  # negative exponents overflow
+    return torch.exp2(log_x.mul_(1 / math.log(2)).clamp_(max=limit))
 
 
 def _expm1_minus(x):

@@ -20,9 +20,7 @@ from fastkd.divergences import LOG_FLOOR, Divergence
 
 LN_2 = math.log(2)
 DEAD = -1e30  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
-BLOCK_ENTRIES = (
-    5 * 2**16
-)  # per thread: a few buffers of 1.25 MiB in fp32 stay in a core's share of the cache
+BLOCK_ENTRIES = 5 * 2**16  # a thread: a few buffers of 1.25 MiB in fp32 stay in its cache
 BUFFERS = 24  # of a block's size, at most: softmaxes, slopes, temporaries, what malloc keeps
 HUGE_PAGE = 2**21
 
@@ -79,14 +77,17 @@ def dense(
     # glibc's malloc learns from what it frees: after this it keeps the small temporaries' pages
     # instead of returning them to the system, which would cost page faults, the larger part of the
     # time, in every block.
-    torch.empty(32_000_000, dtype=torch.uint8)
-    size = min(_block_rows(student), max(1, len(weight) // 16))  # little beside a chunk's logits
+    if on_cpu:
+        torch.empty(32_000_000, dtype=torch.uint8)
+    V = student.shape[-1]
+    size = min(block_rows(V, student.device), max(1, len(weight) // 16))  # little beside a chunk
     # Allocated once: what is freed in between costs page faults again.
     scratch = torch.empty(
         (6 if divergence.kind == "mixed" else 4, size, n), dtype=dtype, device=student.device
     )
+    shared = divergence.kind != "logits" and (temperature, n) == (1, V) and gather is None
     whole = torch.empty(
-        (2, size, student.shape[-1] if cross_entropy else 0), dtype=dtype, device=student.device
+        (2, size, V if cross_entropy and not shared else 0), dtype=dtype, device=student.device
     )
 
     def blocks(grad):
@@ -129,7 +130,8 @@ def _whole_rows(
             shared = a is not None and temperature == 1 and n == s.shape[-1]
             b = a if shared else _softmax(s, 1.0, *work_1)
             label = labels[rows, None].clamp(min=0)
-            values[1, rows] = _cross_entropy(b, s.gather(-1, label).to(values.dtype))
+            at_label = s.gather(-1, label).to(values.dtype)
+            values[1, rows] = _cross_entropy(b, at_label.masked_fill_(at_label <= DEAD, -math.inf))
             ce = b.p, label, w
         if g is not None:
             slope_sum = divergence.slope_sum
@@ -194,7 +196,7 @@ def _shards(
             stats[rows, 4:6], _ = _statistics(s, 1.0, *work_1)
             label, here = _in_shard(labels[rows, None], s)
             at_label = s.gather(-1, label).to(stats.dtype)
-            stats[rows, 8:] = at_label.masked_fill(~here, -math.inf)
+            stats[rows, 8:] = at_label.masked_fill(~here | (at_label <= DEAD), -math.inf)
     stats = gather(stats)
     known = _meet(stats[..., :8], temperature, softmax)
     if labels is not None:  # of all rows at once: the same bits whatever a rank's blocks are
@@ -272,10 +274,6 @@ def _meet(stats, temperature, softmax):
     return known
 
 
-def _block_rows(student) -> int:
-    return block_rows(student.shape[-1], student.device)
-
-
 def block_rows(V: int, device: torch.device) -> int:
     """How many rows are worked on at a time; each takes up to `BUFFERS` fp32 numbers an entry."""
     threads = torch.get_num_threads() if device.type == "cpu" else 64
@@ -338,7 +336,7 @@ def _softmax(logits, temperature, x, p, known=None) -> _Softmax:
         total = total.masked_fill(total == 0, 1)
     log_total = total.log()
     # Not 1 / total: what is rounded away from log_total must be missing from both p and log_p.
-    p.mul_(torch.exp(-log_total.double()).to(p.dtype))
+    p.mul_(torch.exp(-_wide(log_total)).to(p.dtype))
     torch.add(-log_total, x, alpha=LN_2, out=x)
     if dead is not None:
         x.masked_fill_(dead, LOG_FLOOR)
@@ -373,7 +371,7 @@ def _cross_entropy(a: _Softmax, at_label):
 
 def _surprise(maximum, anchor, log_total, at_label):
     scale = torch.tensor(1 / LN_2, dtype=maximum.dtype)
-    rounding = maximum.double() * scale.double() + anchor.double()
+    rounding = _wide(maximum) * _wide(scale) + _wide(anchor)
     log_total = log_total - (rounding * LN_2).to(maximum.dtype)
     return (log_total + (maximum - at_label)).squeeze(-1)
 
@@ -454,6 +452,11 @@ def _logit_mse(s, t, divergence, difference, known=None):
     if outside is not None:
         value.masked_fill_(outside, math.inf)
     return value, difference.mul_(2 / entries)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def _difference(s, t, difference):

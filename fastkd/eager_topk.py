@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 
 from fastkd.divergences import LOG_FLOOR, Divergence
-from fastkd.eager import DEAD, LN_2, _block_rows, _blocks, _cross_entropy, _softmax
+from fastkd.eager import DEAD, LN_2, _blocks, _cross_entropy, _softmax, _wide, block_rows
 
 REST_FLOOR = 2.0**-24  # log-probabilities that sum to 1 leave this to the rest: a rounding of 1
-NO_REST = 2.0**-20  # what rounding leaves of a rest that is impossible for the student
 
 
 def topk(
@@ -37,6 +36,7 @@ def topk(
     cross_entropy: bool,
     grad: torch.Tensor | None,
     diagnostics: bool = False,
+    slack: float = 2.0**-20,
 ) -> torch.Tensor:
     """Divergence from a sparse teacher and cross-entropy of every row, and the gradient of their
     weighted sum.
@@ -65,6 +65,8 @@ def topk(
         cross_entropy: whether it is wanted.
         grad: (T, V) to write, which may be the student's own memory, or None.
         diagnostics: whether the last four rows of the result are wanted.
+        slack: a rest of the teacher's mass up to this is taken for a rounding of the
+            log-probabilities where the student has nothing left for it.
 
     Returns:
         (2 or 6, T) float32, or float64 for a float64 student: divergence, cross-entropy (0 where it
@@ -77,7 +79,7 @@ def topk(
     on_cpu = device.type == "cpu"  # elsewhere a decision on data would be a device sync
     out = torch.zeros((6 if diagnostics else 2, weight.numel()), dtype=dtype, device=device)
     weight = weight.to(dtype)
-    size = _block_rows(student)
+    size = block_rows(V, device)
     # The column after the last is -inf, and where absent entries go.
     scratch = torch.empty((size, n + 1), dtype=dtype, device=device)
     shared = temperature == 1 and n == V
@@ -112,7 +114,7 @@ def topk(
         if tail == "truncate":
             log_q[:, -1] = -math.inf
             q = log_q.exp()
-        log_p = _teacher(lp, present, c, tail, teacher_temperature / temperature, n)
+        log_p = _teacher(lp, present, c, tail, teacher_temperature / temperature, n, slack)
         p = log_p.exp()
         dead_p, dead_q = log_p == -math.inf, log_q == -math.inf
         log_p.masked_fill_(dead_p, LOG_FLOOR)
@@ -137,6 +139,7 @@ def topk(
         if cross_entropy:
             label = labels[rows, None].long().clamp(min=0)
             at_label = s.gather(-1, label).to(dtype)
+            at_label.masked_fill_(at_label <= DEAD, -math.inf)
             b = _softmax(s, 1.0, *whole[:, : len(s)]) if own else None
             out[1, rows] = (
                 _cross_entropy(b, at_label)
@@ -196,21 +199,21 @@ def _complement(logits, at, temperature, x) -> _Complement:
     torch.add(anchor, x, alpha=scale, out=x)
     torch.exp2(x, out=x)
     total = x.sum(-1, keepdim=True).masked_fill_(dead, 1)
-    rounding = finite.double() * scale + anchor.double()  # the anchor's
+    rounding = _wide(finite) * scale + _wide(anchor)  # the anchor's
     log_total = total.log() - (rounding * LN_2).to(x.dtype)
     return _Complement(
         x, total, log_total.masked_fill_(dead, -math.inf), maximum.masked_fill(dead, -math.inf)
     )
 
 
-def _teacher(lp, present, c: _Complement, tail, ratio, n):
+def _teacher(lp, present, c: _Complement, tail, ratio, n, slack):
     """(rows, K + 1) log-probabilities; -inf where there is none."""
     if tail == "bucket":
         # 1 - Σ p, without the rounding of a largest p near 1.
         top, index = lp.max(-1, keepdim=True)
         others = lp.scatter(-1, index, -math.inf).exp().sum(-1, keepdim=True)
         rest = -torch.expm1(top) - others
-        impossible = torch.where(rest > NO_REST, rest, 0)
+        impossible = torch.where(rest > slack, rest, 0)
         rest = torch.where(c.maximum == -math.inf, impossible, rest.clamp(min=REST_FLOOR))
         rest = rest.masked_fill(present.sum(-1, keepdim=True) == n, 0).log()
     else:

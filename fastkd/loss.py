@@ -130,7 +130,7 @@ def kd_loss(
 
     Memory:
         Dense logits: one buffer of the student's shape and type, the gradient (none with `inplace`,
-        or without gradients), and a few numbers per row. `LMHead`: one chunk's logits, the
+        or without gradients), and at most a few KB per row. `LMHead`: one chunk's logits, the
         gradients of what requires one, where a head of low precision is trained in several chunks
         its gradient in fp32, and under autocast the weights in its type. An fp16 student's
         gradient, and an `LMHead`'s under reduction "none", is computed in the backward pass, where
@@ -142,8 +142,10 @@ def kd_loss(
     """
     _check_settings(temperature, alpha, reduction, vocab, ignore_index, workspace_bytes)
     d = divergences.get(divergence)
-    if group is None:
-        student, teacher, group = shards.from_dtensors(student, teacher)
+    for name, x in (("labels", labels), ("token_weight", token_weight)):
+        if type(x).__name__ == "DTensor":
+            raise TypeError(f"{name} must be a plain tensor, the same on all ranks, got a DTensor")
+    student, teacher, group = shards.from_dtensors(student, teacher, group)
     group = "" if group is None else shards.name_of(group)
     s, t = as_source("student", student), as_source("teacher", teacher)
     _check_sources(s, t, d, temperature, group)

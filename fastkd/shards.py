@@ -1,7 +1,9 @@
 """Vocabulary shards: each rank of a `torch.distributed` group holds a contiguous part of every row.
 
-Two small exchanges a chunk (softmax statistics; values and slopes) make the rows whole. What is
-exchanged is gathered, and merged by every rank in the same order: all get the same bits.
+Two small exchanges a chunk (softmax statistics; values and slopes) make the rows whole; labels need
+one of the shards' sizes, LM heads one on the chunk's length, for which the host waits, and the sum
+of the hidden state's gradient. What is exchanged is gathered, and merged by every rank in the same
+order: all get the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def resolve(name: str):
 @torch.library.custom_op("fastkd::shard_sizes", mutates_args=())
 def sizes(V: int, group: str, like: Tensor) -> Tensor:
     """(world,) entries of every rank's shard, on the device of `like`."""
-    return gather(group)(torch.tensor(V, device=like.device))
+    return gather(group)(torch.full((), V, dtype=torch.int64, device=like.device))
 
 
 @sizes.register_fake
@@ -68,11 +70,11 @@ def cut(vocab: int, V: int, group: str, device: torch.device) -> int:
     return min(max(vocab - sum(lengths[: dist.get_rank(resolve(group))]), 0), V)
 
 
-def from_dtensors(student, teacher):
+def from_dtensors(student, teacher, group):
     """(student, teacher, group) with DTensors replaced by this rank's shards.
 
     Logits may be DTensors that are sharded along the vocabulary, on both sides. Returned as they
-    came, with group None, where there is no DTensor. An LM head's weight says nothing: FSDP shards
+    came where there is no DTensor. An LM head's weight says nothing: FSDP shards
     it the same way, over ranks with other rows.
     """
     for name, x in (("student", student), ("teacher", teacher)):
@@ -82,7 +84,9 @@ def from_dtensors(student, teacher):
                 " (FSDP), or weight.to_local() and the group= of its vocabulary shards"
             )
     if not any(type(x).__name__ == "DTensor" for x in (student, teacher)):
-        return student, teacher, None
+        return student, teacher, group
+    if group is not None:
+        raise ValueError("DTensors bring their own group: pass them without group=, or to_local()")
     from torch.distributed.tensor import DTensor
 
     groups, local = set(), []
@@ -93,7 +97,8 @@ def from_dtensors(student, teacher):
                 f" {type(x).__name__}"
             )
         sharded = [i for i, p in enumerate(x.placements) if p.is_shard()]
-        if len(sharded) != 1 or x.placements[sharded[0]].dim % x.dim() != x.dim() - 1:
+        partial = any(p.is_partial() for p in x.placements)
+        if partial or len(sharded) != 1 or x.placements[sharded[0]].dim % x.dim() != x.dim() - 1:
             raise ValueError(
                 f"{name} must be sharded along the vocabulary alone (Shard(-1)), got placements"
                 f" {x.placements}"

@@ -281,7 +281,8 @@ def _sweep(
 
 @triton.jit(
     do_not_specialize=["T", "s_len", "t_len", "lag", "step"],
-    do_not_specialize_on_alignment=["ce_ptr"],  # a row of the result: T is no part of a kernel
+    # Parts of larger tensors: where a chunk starts is no part of a kernel.
+    do_not_specialize_on_alignment=["label_ptr", "weight_ptr", "ce_ptr"],
 )
 def dense_kernel(
     s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr, flag_ptr,  # pointers
@@ -317,7 +318,9 @@ def dense_kernel(
                             label = tl.load(label_ptr + row)
                             here = (label >= 0) & (label < V)  # else in another shard
                             at_label = tl.load(s_row + label, mask=here, other=NEG_INF)
-                            tl.store(ce_ptr + row, at_label.to(tl.float32))
+                            at_label = at_label.to(tl.float32)
+                            dead = at_label <= DEAD
+                            tl.store(ce_ptr + row, tl.where(dead, NEG_INF, at_label))
                     _statistics(
                         s_row,
                         _row(t_ptr, row, t_len, t_outer, t_inner),
@@ -508,8 +511,7 @@ def dense(
     options = {"maxnreg": MAX_REGISTERS} if device.type == "cuda" and not torch.version.hip else {}
     if p.waits:
         options["launch_cooperative_grid"] = True
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    with on(device):
         for which in phases:
             dense_kernel[(p.teams * p.split,)](
                 student, teacher, labels if cross_entropy else weight, weight, stats, sums,
@@ -560,11 +562,17 @@ def _sum_parts(sums: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, device.type).device(device)
+
+
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """(T, V) `x` times a scalar or (T,) `factor`, in place, in fp32, without a device sync."""
     T, V = x.shape
-    on_device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    with on(x.device):
         programs = 4 if x.device.type == "cpu" else 2048
         scale_kernel[(programs,)](
             x, factor, T, V, factor.stride(0) if factor.dim() else 0, BLOCK=2048

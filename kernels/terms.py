@@ -41,8 +41,8 @@ def log_mixture(d, w):
 
 @triton.jit
 def power(log_x, exponent):
-    """x^exponent; negative exponents overflow, and stop at 2^60."""
-    return tl.exp2(tl.minimum(exponent * log_x * 1.4426950408889634, 60.0))
+    """x^exponent; negative exponents overflow, and stop at 2^100."""
+    return tl.exp2(tl.minimum(exponent * log_x * 1.4426950408889634, 100.0))
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def reverse_kl(log_p, log_q, p, q, a, b):
 @triton.jit
 def skew_forward_kl(log_p, log_q, p, q, w, b):
     u, v = log_mixture(log_q - log_p, w)
-    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(-v)
+    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(tl.minimum(-v, 80.0))
 
 
 @triton.jit
@@ -83,8 +83,11 @@ def jeffreys(log_p, log_q, p, q, f, b):
 
 @triton.jit
 def tvd(log_p, log_q, p, q, a, b):
-    side = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
-    return side * (q - p), side * q
+    d = log_q - log_p
+    side = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
+    # kl + p d is q - p without cancellation
+    difference = tl.where(tl.abs(d) < 0.5, kl(p, q, d) + p * d, q - p)
+    return side * difference, side * q
 
 
 @triton.jit

@@ -13,7 +13,6 @@ read finds a row in the L2: 4 bytes an entry in bf16, one read and one write.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -33,12 +32,12 @@ from .dense import (
     _nothing,
     _row,
     _wide,
+    on,
 )
 from .terms import kl
 
 ABSENT = tl.constexpr(2**31 - 1)  # sorts behind every id
 REST_FLOOR = tl.constexpr(2.0**-24)  # stored log-probabilities that sum to 1 leave this to the rest
-NO_REST = tl.constexpr(2.0**-20)  # what rounding leaves of a rest that the student makes impossible
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def _accumulate_product(maximum, total, product, x, scale):
 
 @triton.jit
 def _teacher(
-    logprob, present, lane, K, n, ratio, rest_lives,
+    logprob, present, lane, K, n, ratio, slack, rest_lives,
     TAIL: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Natural log-probabilities of the K lanes and, in lane K, of the rest; -inf for none."""
@@ -77,7 +76,7 @@ def _teacher(
         first = tl.min(tl.where(logprob == top, lane, KP), 0)
         others = tl.sum(tl.where(lane == first, 0.0, tl.exp(logprob)), 0)
         rest = -_expm1(tl.maximum(top, LOG_FLOOR)) - others
-        impossible = tl.where(rest > NO_REST, rest, 0.0)
+        impossible = tl.where(rest > slack, rest, 0.0)
         rest = tl.where(rest_lives, tl.maximum(rest, REST_FLOOR), impossible)
         rest = tl.where(tl.sum(present.to(tl.int32), 0) == n, 0.0, rest)
         log_p = tl.where(lane == K, tl.where(rest == 0.0, NEG_INF, tl.log(rest)), log_p)
@@ -90,11 +89,14 @@ def _teacher(
     return log_p
 
 
-@triton.jit(do_not_specialize=["T", "K", "s_len"])
+@triton.jit(
+    do_not_specialize=["T", "K", "s_len"],
+    do_not_specialize_on_alignment=["label_ptr", "weight_ptr"],
+)
 def topk_kernel(
     s_ptr, id_ptr, logprob_ptr, label_ptr, weight_ptr, out_ptr, grad_ptr,  # pointers
     T, K, n, V, s_len, s_outer, s_inner,  # shapes, strides
-    scale, ratio, kd_scale, ce_scale, plain_value, plain_slope, a, b,  # numbers
+    scale, ratio, kd_scale, ce_scale, plain_value, plain_slope, a, b, slack,  # numbers
     TERM: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr, TAIL: tl.constexpr,
     CE: tl.constexpr, GRAD: tl.constexpr, DIAGNOSTICS: tl.constexpr,  # what is computed
     KP: tl.constexpr, BLOCK: tl.constexpr,
@@ -168,7 +170,7 @@ def topk_kernel(
                 logprob_ptr + row * K + lane, mask=present & (lane < K), other=NEG_INF
             )
             logprob = tl.where(logprob <= DEAD, NEG_INF, logprob)
-            log_p = _teacher(logprob, present, lane, K, n, ratio, rest_lives, TAIL, KP)
+            log_p = _teacher(logprob, present, lane, K, n, ratio, slack, rest_lives, TAIL, KP)
             p = tl.exp(log_p)
             dead_p = log_p == NEG_INF
             log_p = tl.where(dead_p, LOG_FLOOR, log_p)
@@ -200,7 +202,7 @@ def topk_kernel(
                     m1 = tl.where(m1 == NEG_INF, 0.0, m1)
                 else:
                     m1 = maximum
-                at_label = tl.load(s_row + label).to(tl.float32)
+                at_label = _load(s_row, label, V)
                 tl.store(out_ptr + _wide(T) + row, log_1 * LN_2 + (m1 - at_label))
             if DIAGNOSTICS:
                 out = out_ptr + _wide(T) * 2 + row
@@ -265,7 +267,7 @@ def plan(V: int, itemsize: int, multiprocessors: int, cache_bytes: int, warp: in
 def device_plan(student: torch.Tensor) -> Plan:
     V, itemsize = student.shape[-1], student.element_size()
     if student.device.type != "cuda":
-        return plan(V, itemsize, 4, 0)
+        return plan(V, itemsize, 4 if student.device.type == "cpu" else 64, 0)
     device = torch.cuda.get_device_properties(student.device)
     warp = 64 if torch.version.hip else 32
     return plan(V, itemsize, device.multi_processor_count, device.L2_cache_size, warp)
@@ -288,6 +290,7 @@ def topk(
     cross_entropy: bool,
     grad: torch.Tensor | None,
     diagnostics: bool = False,
+    slack: float = 2.0**-20,
 ) -> torch.Tensor:
     """Divergence from a sparse teacher and cross-entropy of every row, and the gradient of their
     weighted sum.
@@ -309,6 +312,8 @@ def topk(
         cross_entropy: whether it is wanted.
         grad: (T, V) contiguous, to write, which may be the student's own memory, or None.
         diagnostics: whether the last four rows of the result are wanted.
+        slack: a rest of the teacher's mass up to this is taken for a rounding of the
+            log-probabilities where the student has nothing left for it.
 
     Returns:
         (2 or 6, T) float32: divergence, cross-entropy (0 where it is not wanted), the teacher's
@@ -328,14 +333,13 @@ def topk(
     a, b = divergence.numbers
     on_cuda = device.type == "cuda" and not torch.version.hip
     options = {"maxnreg": MAX_REGISTERS} if on_cuda else {}
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    with on(device):
         topk_kernel[(min(T, p.programs),)](
             student, ids, logprobs, labels if cross_entropy else weight, weight, out,
             out if grad is None else grad,
             T, K, n, V, student.shape[1], student.stride(0), student.stride(1),
             1 / (temperature * math.log(2)), teacher_temperature / temperature,
-            kd_scale / temperature, ce_scale, plain_value, plain_slope, a, b,
+            kd_scale / temperature, ce_scale, plain_value, plain_slope, a, b, slack,
             TERM=divergence.triton_term(),
             INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q, TAIL=tail,
             CE=ce, GRAD=grad is not None, DIAGNOSTICS=diagnostics,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastkd import reference
+from fastkd import buffers, reference
 from fastkd.divergences import Divergence
 
 GPU = torch.cuda.is_available()
@@ -57,7 +57,9 @@ def peak_bytes(run: Callable, result_bytes: int) -> int | None:
             ).split()[1]
         )
 
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left in the heap would hide this one's use
+    # What earlier runs left would hide this one's use.
+    buffers.release()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = kilobytes("VmRSS")
     run()

@@ -411,9 +411,16 @@ class Hellinger(Divergence):
         return 1 - ((log_p + log_q) / 2).exp().sum(-1)
 
     def term(self, log_p, log_q, p, q):
-        root_p, root_q = p.sqrt_(), torch.sqrt(q, out=log_q)
-        difference = torch.sub(root_q, root_p, out=log_p)
-        return difference.square().sum(-1) / 2, root_p.mul_(root_q).mul_(-0.5)
+        half = log_q.sub_(log_p).mul_(0.5 / math.log(2)).clamp_(max=87)  # p = 0: no overflow
+        root = torch.exp2(half, out=log_p).mul_(p)  # √(pq)
+        value = (p.sum(-1) + q.sum(-1)) / 2 - root.sum(-1)
+        # As in `kl`: a small one is summed again, from p (e^(d/2) - 1)².
+        rows = value < CANCELS if value.device.type == "cpu" else slice(None)
+        if isinstance(rows, slice) or rows.any():
+            near = torch.expm1(half[rows].clamp(max=1) * math.log(2)).square_().mul_(p[rows]) / 2
+            far = (p[rows] + q[rows]) / 2 - root[rows]
+            value[rows] = torch.where(half[rows].abs() < 0.5, near, far).sum(-1)
+        return value, root.mul_(-0.5)
 
     def triton_term(self):
         return _terms().hellinger

@@ -7,22 +7,19 @@ and entry, in base 2: the fastest one torch has.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from fastkd import buffers
 from fastkd.divergences import LOG_FLOOR, Divergence
 
 LN_2 = math.log(2)
 DEAD = -1e30  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
 BLOCK_ENTRIES = 5 * 2**16  # a thread: a few buffers of 1.25 MiB in fp32 stay in its cache
 BUFFERS = 24  # of a block's size, at most: softmaxes, slopes, temporaries, what malloc keeps
-HUGE_PAGE = 2**21
 
 
 def dense(
@@ -82,13 +79,11 @@ def dense(
     V = student.shape[-1]
     size = min(block_rows(V, student.device), max(1, len(weight) // 16))  # little beside a chunk
     # Allocated once: what is freed in between costs page faults again.
-    scratch = torch.empty(
-        (6 if divergence.kind == "mixed" else 4, size, n), dtype=dtype, device=student.device
-    )
+    count = 6 if divergence.kind == "mixed" else 4
+    scratch = buffers.empty((count, size, n), student, dtype)
     shared = divergence.kind != "logits" and (temperature, n) == (1, V) and gather is None
-    whole = torch.empty(
-        (2, size, V if cross_entropy and not shared else 0), dtype=dtype, device=student.device
-    )
+    columns = V if cross_entropy and not shared else 0
+    whole = buffers.empty((2, size, columns), student, dtype)
 
     def blocks(grad):
         """Those with rows that count; the gradient of the others is 0."""
@@ -293,18 +288,6 @@ def _blocks(student, teacher, size: int) -> Iterator[tuple[slice, torch.Tensor, 
 def _rows(x, low, high):
     outer, offset = divmod(low, x.shape[1])
     return x[outer, offset : offset + high - low]
-
-
-def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Memory for a gradient, of the type and on the device of `like`. On Linux in huge pages: the
-    first touch of ordinary ones costs as much as the arithmetic. The advice is only that, and where
-    it cannot be given nothing happens."""
-    x = like.new_empty(shape)
-    start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE - start
-    if sys.platform == "linux" and x.device.type == "cpu" and size > 16 * HUGE_PAGE:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return x
 
 
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

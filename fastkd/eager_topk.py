@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkd import buffers
 from fastkd.divergences import LOG_FLOOR, Divergence
 from fastkd.eager import DEAD, LN_2, _blocks, _cross_entropy, _softmax, _wide, block_rows
 
@@ -81,10 +82,10 @@ def topk(
     weight = weight.to(dtype)
     size = block_rows(V, device)
     # The column after the last is -inf, and where absent entries go.
-    scratch = torch.empty((size, n + 1), dtype=dtype, device=device)
+    scratch = buffers.empty((size, n + 1), student, dtype)
     shared = temperature == 1 and n == V
     own = cross_entropy and not shared
-    whole = torch.empty((2, size, V), dtype=dtype, device=device) if own else None
+    whole = buffers.empty((2, size, V), student, dtype) if own else None
     for rows, s, _ in _blocks(student, student, size):
         w, g = weight[rows, None], None if grad is None else grad[rows]
         if on_cpu and not w.any():

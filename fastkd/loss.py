@@ -135,7 +135,8 @@ def kd_loss(
         its gradient in fp32, and under autocast the weights in its type. An fp16 student's
         gradient, and an `LMHead`'s under reduction "none", is computed in the backward pass, where
         the upstream factor (loss scaling) is known; the inputs of both sides are kept until then,
-        and the logits that are made here are made twice.
+        and the logits that are made here are made twice. On a CPU under Linux, large blocks are
+        kept for the next call (`fastkd.buffers`).
 
     torch.compile takes the numbers (temperature, alpha, a divergence's own) as constants: a
     schedule of them compiles again for each value.

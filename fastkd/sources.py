@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import eager
+from fastkd import buffers
+from fastkd.eager import DEAD
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -116,7 +117,7 @@ class Dense(Source):
         if wants[0]:
             outer, length, V = self.rows.shape
             shape = (outer * length, V)
-            self.grads = [self.rows.view(shape) if inplace else eager.empty(shape, self.rows)]
+            self.grads = [self.rows.view(shape) if inplace else buffers.empty(shape, self.rows)]
 
     def grad_of(self, logits: Tensor, low: int, high: int) -> Tensor | None:
         """(rows, V) memory that the gradient wrt a chunk's logits is written to."""
@@ -234,13 +235,13 @@ class LMHead(Source):
 
     def prepare(self, size, n):
         n = self.entries if self.grads else n
-        self.buffer = torch.empty((size, n), dtype=self.h.dtype, device=self.device)
-        self.tanh = torch.empty_like(self.buffer) if self.grads and self.softcap else self.buffer
+        self.buffer = buffers.empty((size, n), self.h)
+        self.tanh = buffers.empty((size, n), self.h) if self.grads and self.softcap else self.buffer
         # Several chunks of a low precision add up in fp32, or each would be rounded.
         if self.grads and self.grads[1] is not None:
             several = size < len(self.h)
             dtype = _sum_dtype(self.h.dtype) if several else self.h.dtype
-            self.grads[1] = torch.empty(self.w.shape, dtype=dtype, device=self.device)
+            self.grads[1] = buffers.empty(self.w.shape, self.w, dtype)
 
     def logits(self, low, high, n, temperature):
         out, h, w = self.buffer[: high - low], self.h[low:high], self.w[: self.buffer.shape[1]]
@@ -515,7 +516,7 @@ class Ensemble(Source):
                 total = z if total is None else total.add_(z)
             else:
                 # Dead entries, rows without any other and teachers without a share add nothing.
-                z = (z / temperature).masked_fill_(z <= eager.DEAD, -math.inf)
+                z = (z / temperature).masked_fill_(z <= DEAD, -math.inf)
                 empty = z.amax(-1, keepdim=True) == -math.inf
                 z = F.log_softmax(z, -1).masked_fill_(empty, -math.inf)
                 if isinstance(w, Tensor):

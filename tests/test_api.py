@@ -180,7 +180,7 @@ def test_without_gradients_none_is_computed(backend, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux")
 def test_memory_is_kept_but_never_shared():
-    """A block serves the next tensor that fits, once nothing refers to its memory: no view either."""
+    """A block serves the next tensor that fits, once nothing refers to it: no view either."""
     buffers, like, n = fastkd.buffers, torch.empty(0), fastkd.buffers.SMALLEST // 4
     buffers.release()
     first = buffers.empty((2, n), like)

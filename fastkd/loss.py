@@ -495,7 +495,8 @@ class _Loss(torch.autograd.Function):
         rows, grads = compare.compare(
             list(tensors[:count]), list(tensors[count:]), labels, weight, settings, now, inplace
         )
-        ctx.settings, ctx.wants, ctx.later, ctx.inplace = settings, wants, later, inplace
+        ctx.settings = settings._replace(diagnostics=False)  # reported once, forwards
+        ctx.wants, ctx.later, ctx.inplace = wants, later, inplace
         ctx.shapes, ctx.count = [x.shape for x in tensors[:count]], len(tensors)
         ctx.save_for_backward(weight, *([labels, *tensors] if later else grads))
         loss = torch.zeros_like(rows[0])

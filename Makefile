@@ -6,7 +6,7 @@ distill: .venv/installed  ## set up .venv and run the main job on real text
 	$(BIN)/fastkd distill
 
 test: .venv/installed  ## the test suite, on the CPU
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

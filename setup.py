@@ -27,7 +27,13 @@ setup(
             "transformers>=5.0",
         ],
         "lora": ["peft>=0.15"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.8"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "pytest-xdist>=3",
+            "ruff>=0.8",
+        ],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
 )

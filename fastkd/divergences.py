@@ -413,7 +413,7 @@ class Hellinger(Divergence):
     def term(self, log_p, log_q, p, q):
         half = log_q.sub_(log_p).mul_(0.5 / math.log(2)).clamp_(max=87)  # p = 0: no overflow
         root = torch.exp2(half, out=log_p).mul_(p)  # √(pq)
-        value = (p.sum(-1) + q.sum(-1)) / 2 - root.sum(-1)
+        value = (p + q).mul_(0.5).sub_(root).sum(-1)
         # As in `kl`: a small one is summed again, from p (e^(d/2) - 1)².
         rows = value < CANCELS if value.device.type == "cpu" else slice(None)
         if isinstance(rows, slice) or rows.any():

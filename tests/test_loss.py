@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE, assert_as_exact_as_torch, every_divergence, logits, value_and_grad
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fastkd
@@ -178,6 +178,7 @@ def test_limits(backend):
     index=st.integers(0, 17),
     seed=st.integers(0, 10**6),
 )
+@example(V=26, rows=2, cut=4, temperature=3.0, alpha=1.0, spread=0.01, index=10, seed=8801)
 def test_sweep(backend, V, rows, cut, temperature, alpha, spread, index, seed):
     """Any shape, cut, temperature, mixture and spread agrees with the reference."""
     from common import DIVERGENCES

@@ -1,7 +1,7 @@
 """Memory for large tensors on the CPU, kept from one call to the next.
 
-The C library returns large blocks to the system, and the first touch of new pages costs up to half
-as much as the arithmetic on them. Blocks that no tensor uses any more are used again by the next
+The C library returns large blocks to the system, and the first touch of new pages costs a good part
+of the time. Blocks that no tensor uses any more are used again by the next
 call that fits; one that fits none frees them all, so that no more is kept than one step needs.
 `release()` frees them too.
 """

@@ -74,8 +74,8 @@ def from_dtensors(student, teacher, group):
     """(student, teacher, group) with DTensors replaced by this rank's shards.
 
     Logits may be DTensors that are sharded along the vocabulary, on both sides. Returned as they
-    came where there is no DTensor. An LM head's weight says nothing: FSDP shards
-    it the same way, over ranks with other rows.
+    came where there is no DTensor. An LM head's weight says nothing: FSDP shards it the same way,
+    over ranks with other rows.
     """
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, LMHead) and type(x.weight).__name__ == "DTensor":

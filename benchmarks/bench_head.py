@@ -3,7 +3,8 @@ the peers, in one run.
 
     pytest benchmarks/bench_head.py --benchmark-json=benchmarks/results/cpu.json
 
-The floor is measured too: "gemms", the four matrix products alone. Peers (liger-kernel 0.8.5, TRL
+The floor, the four matrix products alone (three where the head is frozen), is timed in turns with
+each of them. Peers (liger-kernel 0.8.5, TRL
 1.16) run where they are installed, on a GPU, with their own defaults: both of Liger's add up a
 head's bf16 gradient in bf16.
 """
@@ -82,30 +83,22 @@ PEERS = {"trl": trl, "liger_fused": liger_fused, "liger_chunked": liger_chunked}
 PROVIDERS = {"fastkd": fused, "naive": naive_heads, **PEERS, "compile": None}
 
 
-def bench(benchmark, provider, rows, divergence=None, frozen=False):
+def bench(benchmark, provider, rows, divergence, frozen=False):
     if provider in PEERS and not GPU:
         pytest.skip("needs a GPU")
     (hidden, weight), teacher = heads(rows)
-    if provider == "gemms":
-        step = gemms(hidden, weight, teacher, trained=not frozen)
-    else:
-        loss = compiled(naive_heads) if provider == "compile" else PROVIDERS[provider]
+    loss = compiled(naive_heads) if provider == "compile" else PROVIDERS[provider]
 
-        def step():
-            h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
-            loss(h, w, teacher, divergence).backward()
-            return h.grad, w.grad
+    def step():
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+        loss(h, w, teacher, divergence).backward()
+        return h.grad, w.grad
 
     measure(
-        benchmark, step, hidden.nbytes + (0 if frozen else weight.nbytes), provider, table="head",
-        divergence=divergence and divergence.name, rows=rows, V=V, widths=WIDTHS, frozen=frozen,
+        benchmark, step, hidden.nbytes + (0 if frozen else weight.nbytes), provider,
+        gemms(hidden, weight, teacher, trained=not frozen), table="head",
+        divergence=divergence.name, rows=rows, V=V, widths=WIDTHS, frozen=frozen,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("rows", ROWS)
-def bench_gemms(benchmark, rows, frozen):
-    bench(benchmark, "gemms", rows, frozen=frozen)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -2,6 +2,7 @@
 loss beside ours."""
 
 import ctypes
+import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -66,8 +67,15 @@ def peak_bytes(run: Callable, result_bytes: int) -> int | None:
     return 1024 * (kilobytes("VmHWM") - before) - result_bytes
 
 
-def measure(benchmark, step: Callable, result_bytes: int, provider: str, **info) -> None:
-    """Time `step`, which returns gradients of `result_bytes` in all, and save `info` with it."""
+def measure(
+    benchmark, step: Callable, result_bytes: int, provider: str, floor: Callable | None = None,
+    **info,
+) -> None:  # fmt: skip
+    """Time `step`, which returns gradients of `result_bytes` in all, and save `info` with it.
+
+    `floor` is timed before every round, so that a machine that is slower for a while is so for
+    both; its median is saved as `floor_seconds`.
+    """
 
     def run():
         result = step()
@@ -79,9 +87,13 @@ def measure(benchmark, step: Callable, result_bytes: int, provider: str, **info)
     benchmark.extra_info.update(
         info, provider=provider, dtype=str(DTYPE), peak_bytes=peak_bytes(run, result_bytes)
     )
-    ours = provider in ("fastkd", "gemms")
+    ours = provider == "fastkd"
     rounds = (20 if ours else 10) if GPU else 9 if ours or provider == "compile" else 7
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=3 if GPU else 1)
+    floors = []
+    setup = None if floor is None else lambda: floors.append(timed(floor))
+    benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=3 if GPU else 1)
+    if floors:
+        benchmark.extra_info["floor_seconds"] = statistics.median(floors[-rounds:])
 
 
 def compiled(loss: Callable) -> Callable:

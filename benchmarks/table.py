@@ -59,26 +59,23 @@ def heads(entries: list[dict]) -> str:
     """One row per shape, trained or frozen head, and divergence."""
     lines = [
         f"LM heads on both sides, from hidden states, {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
-        " the four matrix products alone (three where the head is frozen).",
+        " the four matrix products alone (three where the head is frozen), in turns with fastkd.",
         "",
         "| rows × V | H, student and teacher | head | divergence | gemms | naive | torch.compile"
         " | Liger fused | Liger chunked | TRL | fastkd | fastkd / gemms | naive / fastkd"
         " | extra memory, naive → fastkd |",
         "|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    shape = ("rows", "V", "widths", "frozen")
-    products = grouped([e for e in entries if e["provider"] == "gemms"], *shape)
-    losses = [e for e in entries if e["provider"] != "gemms"]
-    for (*key, divergence), row in grouped(losses, *shape, "divergence").items():
-        rows, V, widths, frozen = key
-        row = row | products.get(tuple(key), {})
-        columns = ("gemms", "naive", "compile", "liger_fused", "liger_chunked", "trl", "fastkd")
+    columns = ("naive", "compile", "liger_fused", "liger_chunked", "trl", "fastkd")
+    keys = ("rows", "V", "widths", "frozen", "divergence")
+    for (rows, V, widths, frozen, divergence), row in grouped(entries, *keys).items():
+        ours = row.get("fastkd")
         lines.append(
             f"| {rows:,} × {V:,} | {widths[0]:,}, {widths[1]:,}"
-            f" | {'frozen' if frozen else 'trained'} | {divergence} | "
+            f" | {'frozen' if frozen else 'trained'} | {divergence}"
+            f" | {milliseconds(ours and ours['floor_seconds'])} | "
             + " | ".join(ms(row, provider) for provider in columns)
-            + f" | {ratio(row, 'fastkd', 'gemms', 2)} | {ratio(row, 'naive', 'fastkd')}"
-            f" | {memory(row)} |"
+            + f" | {over_floor(ours)} | {ratio(row, 'naive', 'fastkd')} | {memory(row)} |"
         )
     return "\n".join(lines)
 
@@ -94,8 +91,8 @@ def topk(entries: list[dict]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (student, rows, V), row in grouped(entries, "student", "rows", "V").items():
-        first = next(iter(row.values()))
-        floor = first.get("floor_seconds", row.get("gemms", {}).get("median"))
+        first = row.get("fastkd") or next(iter(row.values()))
+        floor = first["floor_seconds"]
         name = "dense logits" if student == "dense" else f"LM head, H = {first['width']:,}"
         lines.append(
             f"| {name} | {rows:,} × {V:,} | {ms(row, 'naive')} | {ms(row, 'compile')}"
@@ -123,10 +120,14 @@ def ms(row: dict[str, dict], provider: str) -> str:
     return milliseconds(row.get(provider, {}).get("median"))
 
 
-def ratio(row: dict[str, dict], above: str, below: str, digits: int = 1) -> str:
+def ratio(row: dict[str, dict], above: str, below: str) -> str:
     if above not in row or below not in row:
         return "–"
-    return f"{row[above]['median'] / row[below]['median']:.{digits}f}"
+    return f"{row[above]['median'] / row[below]['median']:.1f}"
+
+
+def over_floor(entry: dict | None) -> str:
+    return "–" if entry is None else f"{entry['median'] / entry['floor_seconds']:.2f}"
 
 
 def memory(row: dict[str, dict]) -> str:

@@ -77,7 +77,7 @@ def dense(
     if on_cpu:
         torch.empty(32_000_000, dtype=torch.uint8)
     V = student.shape[-1]
-    size = min(block_rows(V, student.device), max(1, len(weight) // 16))  # little beside a chunk
+    size = min(block_rows(V, student.device), max(1, len(weight) // 20))  # little beside a chunk
     # Allocated once: what is freed in between costs page faults again.
     count = 6 if divergence.kind == "mixed" else 4
     scratch = buffers.empty((count, size, n), student, dtype)

@@ -3,7 +3,8 @@
     chunk of rows → logits of both sides → statistics, value, gradient → student takes its gradient
 
 Dense logits are one chunk. LM heads and ensembles make theirs, in chunks whose length follows from
-the memory they may use.
+the memory they may use. A top-k teacher over vocabulary shards is compared in torch on every
+device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import divergences, eager, shards
-from fastkd.sources import LMHead, TopK, unpack
+from fastkd import divergences, eager, eager_topk, shards
+from fastkd.sources import Ensemble, LMHead, TopK, unpack
 
 WORKSPACE_BYTES = 512 * 2**20
 # Rows from which a matrix product is bound by arithmetic, not by reading its weights: more of them
@@ -38,7 +39,7 @@ class Settings(NamedTuple):
     divergence: str
     numbers: list[float]
     temperature: float
-    n: int  # entries that the divergence sees
+    n: int  # entries that the divergence sees, of this shard
     kd_scale: float  # factors of the two gradients
     ce_scale: float
     diagnostics: bool
@@ -118,6 +119,9 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
     divergence = divergences.unpack(settings.divergence, settings.numbers)
     gather = shards.gather(settings.group) if settings.group else None
     dense, topk = _backend(s.device, s.logits_dtype)
+    in_blocks = not uses_triton(s.device, s.logits_dtype)
+    if gather and isinstance(t, TopK):  # no kernel
+        topk, in_blocks = eager_topk.topk, True
     V, n, T = s.entries, settings.n, weight.numel()
     options = dict(
         temperature=settings.temperature, n=n, kd_scale=settings.kd_scale,
@@ -127,20 +131,26 @@ def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
 
     with torch.autocast(s.device.type, enabled=False):
         s.start(wants, inplace)
-        needed = s.row_bytes(V) + (0 if isinstance(t, TopK) else t.row_bytes(n))
+        # Of a shard that a cut leaves nothing, too: the ranks must agree that there is a need.
+        needed = s.row_bytes(V) + (0 if isinstance(t, TopK) else t.row_bytes(max(n, 1)))
         widest = V
         if needed and gather:  # the ranks must agree
             largest = gather(torch.tensor([needed, V], device=s.device)).amax(0)
             needed, widest = largest.tolist()
-        block = 0 if uses_triton(s.device, s.logits_dtype) else eager.block_rows(widest, s.device)
+        block = eager.block_rows(widest, s.device) if in_blocks else 0
         size = chunk_rows(
             T, needed, settings.workspace_bytes, s.device.type, block, 4 * eager.BUFFERS * widest
         )
         s.prepare(size, V)
         t.prepare(size, n)
+        if gather and isinstance(t, (TopK, Ensemble)):
+            t.shard(gather, shards.before(shards.sizes(V, settings.group, weight), settings.group))
         if isinstance(t, TopK):
             slack = max(2.0**-20, 8 * torch.finfo(t.dtype).eps)
-            t.cut(n)
+            N = shards.sizes(n, settings.group, weight).sum() if gather else n
+            t.cut(N)
+            if gather:
+                options.update(gather=gather, first=t.first, N=N)
         rows = weight.new_zeros((_count(settings.diagnostics, settings.teacher), T))
         for low in range(0, T, size):
             high = min(low + size, T)

@@ -107,9 +107,10 @@ def kd_loss(
             the student's whole row.
         group: a `torch.distributed` group whose ranks each hold one contiguous shard of the
             vocabulary, in rank order: of the logits, or of the LM head's weight and bias, the same
-            entries on both sides ("shared" cuts each shard). Everything else, labels with global
-            ids too, is the same on all ranks, and so is the result. A hidden state's gradient is
-            summed over the ranks. Implied by DTensors that are sharded along the vocabulary.
+            entries on both sides ("shared" cuts each shard). Everything else, labels and top-k ids
+            with global numbers too, is the same on all ranks, and so is the result. A hidden
+            state's gradient is summed over the ranks. Implied by DTensors that are sharded along
+            the vocabulary.
         inplace: the gradient may overwrite the student's logits, which saves a (T, V) buffer.
             Nothing may read the logits afterwards; autograd complains if something saved them.
             Ignored under torch.compile, for a leaf tensor, and by an `LMHead`, which never needs
@@ -149,7 +150,7 @@ def kd_loss(
     student, teacher, group = shards.from_dtensors(student, teacher, group)
     group = "" if group is None else shards.name_of(group)
     s, t = as_source("student", student), as_source("teacher", teacher)
-    _check_sources(s, t, d, temperature, group)
+    _check_sources(s, t, d, temperature)
     _check_rows(s, labels, token_weight, alpha, num_items, reduction)
     n = _check_vocabulary(s, t, vocab, group)
     leading, V = s.leading, s.entries
@@ -173,8 +174,7 @@ def kd_loss(
         weight = weight.masked_fill(ignored, 0)
         labels = labels.masked_fill(ignored, 0).reshape(-1)
         if group:  # this shard's own numbering
-            rank = torch.distributed.get_rank(shards.resolve(group))
-            labels = labels - sizes[:rank].sum()
+            labels = labels - shards.before(sizes, group)
     weight = weight.reshape(-1).contiguous()
 
     if reduction == "mean":
@@ -328,7 +328,7 @@ def _check_num_items(num_items, reduction, device) -> None:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
-def _check_sources(s: Source, t: Source, d: Divergence, temperature: float, group: str) -> None:
+def _check_sources(s: Source, t: Source, d: Divergence, temperature: float) -> None:
     if not isinstance(s, (Dense, LMHead)):
         raise TypeError(f"student must be a tensor of logits or an LMHead, got {type(s).__name__}")
     for source in (s, t):
@@ -341,13 +341,8 @@ def _check_sources(s: Source, t: Source, d: Divergence, temperature: float, grou
     if t.device != s.device:
         raise ValueError(f"teacher is on {t.device}, the student on {s.device}")
     _check_constant(t)
-    members = _members(t)
-    if group and not all(isinstance(x, (Dense, LMHead)) for x in members):
-        raise ValueError("with group=, teachers must be shards of logits or LM heads, not TopK")
-    if group and isinstance(t, Ensemble) and t.mode == "probabilities":
-        raise ValueError("with group=, an Ensemble must mix logits: mode='logits'")
     if d.kind == "logits" and (
-        any(isinstance(x, TopK) for x in members)
+        any(isinstance(x, TopK) for x in _members(t))
         or (isinstance(t, Ensemble) and t.mode == "probabilities")
     ):
         raise ValueError(f"{d} compares logits, of which {type(t).__name__} has none")
@@ -450,17 +445,18 @@ def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
         )
     else:
         n = vocab
-    for x in members:
-        if isinstance(x, TopK):
-            # Under "strict" an id beyond the vocabulary is a mistake; a cut leaves it out.
-            absent = x.ids < 0 if vocab == "strict" else (x.ids < 0) | (x.ids >= n)
-            _check_range("top-k ids", x.ids, absent, n)
-            ordered = torch.where(x.ids < 0, -1, x.ids.long()).sort(-1).values
-            repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-            message = "top-k ids must be distinct in a row, got {} twice"
-            _require(~repeated, message, ordered[..., 1:])
-            message = "top-k log-probabilities must not be positive, got {}"
-            _require(absent | ~(x.logprobs > 0.01), message, x.logprobs)
+    lists = [x for x in members if isinstance(x, TopK)]
+    N = shards.sizes(n, group, lists[0].ids).sum() if group and lists else n
+    for x in lists:
+        # Under "strict" an id beyond the vocabulary is a mistake; a cut leaves it out.
+        absent = x.ids < 0 if vocab == "strict" else (x.ids < 0) | (x.ids >= N)
+        _check_range("top-k ids", x.ids, absent, N)
+        ordered = torch.where(x.ids < 0, -1, x.ids.long()).sort(-1).values
+        repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        message = "top-k ids must be distinct in a row, got {} twice"
+        _require(~repeated, message, ordered[..., 1:])
+        message = "top-k log-probabilities must not be positive, got {}"
+        _require(absent | ~(x.logprobs > 0.01), message, x.logprobs)
     if isinstance(t, Ensemble) and isinstance(t.weights, Tensor):
         message = "Ensemble's weights must be finite and not negative"
         _require(t.weights.isfinite() & (t.weights >= 0), message, t.weights)
@@ -470,6 +466,8 @@ def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
 def _check_range(what: str, ids: Tensor, ignored: Tensor, V: int | Tensor) -> None:
     absent = "ignore_index" if what == "labels" else "-1"
     inside = ignored | ((ids >= 0) & (ids < V))
+    if isinstance(V, Tensor) and V.device.type != "cpu":
+        V = "V"  # its number would be a sync
     _require(inside, f"{what} must be in [0, {V}) or {absent}, got {{}}", ids)
 
 

@@ -1,9 +1,11 @@
 """Vocabulary shards: each rank of a `torch.distributed` group holds a contiguous part of every row.
 
-Two small exchanges a chunk (softmax statistics; values and slopes) make the rows whole; labels need
-one of the shards' sizes, LM heads one on the chunk's length, for which the host waits, and the sum
-of the hidden state's gradient. What is exchanged is gathered, and merged by every rank in the same
-order: all get the same bits.
+Two small exchanges a chunk (softmax statistics; values and slopes) make the rows whole; with a
+top-k teacher it is one, of K + 7 numbers a row; each teacher of an ensemble of probabilities adds
+one, of its softmax statistics. Labels, top-k lists and ensembles need the shards' sizes; LM heads
+and ensembles an exchange on the chunk's length, and `vocab=n` one on the cut, for which the host
+waits; a hidden state's gradient is summed. What is exchanged is gathered, and merged by every rank
+in the same order: all get the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.sources import LMHead
+from fastkd.sources import LMHead, TopK
 
 
 def gather(group: str) -> Callable[[Tensor], Tensor]:
@@ -61,6 +63,11 @@ def _(V, group, like):
     return like.new_empty(dist.get_world_size(resolve(group)), dtype=torch.int64)
 
 
+def before(sizes: Tensor, group: str) -> Tensor:
+    """0-d: of all ranks' `sizes`, the number of this rank's first column."""
+    return sizes[: dist.get_rank(resolve(group))].sum()
+
+
 def cut(vocab: int, V: int, group: str, device: torch.device) -> int:
     """How many of this shard's V entries are among the vocabulary's first `vocab`; waits for the
     other ranks."""
@@ -73,9 +80,9 @@ def cut(vocab: int, V: int, group: str, device: torch.device) -> int:
 def from_dtensors(student, teacher, group):
     """(student, teacher, group) with DTensors replaced by this rank's shards.
 
-    Logits may be DTensors that are sharded along the vocabulary, on both sides. Returned as they
-    came where there is no DTensor. An LM head's weight says nothing: FSDP shards it the same way,
-    over ranks with other rows.
+    Logits may be DTensors that are sharded along the vocabulary, on both sides, or beside a top-k
+    teacher. Returned as they came where there is no DTensor. An LM head's weight says nothing: FSDP
+    shards it the same way, over ranks with other rows.
     """
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, LMHead) and type(x.weight).__name__ == "DTensor":
@@ -91,6 +98,9 @@ def from_dtensors(student, teacher, group):
 
     groups, local = set(), []
     for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, TopK):
+            local.append(x)
+            continue
         if not isinstance(x, DTensor):
             raise TypeError(
                 f"the other side is a DTensor: {name} must be one with the same shards, got"

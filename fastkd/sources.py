@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TAILS = ("bucket", "renormalize", "truncate")
 MODES = ("probabilities", "logits")
+SUM_PARTS = 4  # of a sum over the vocabulary, on a CPU
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -230,8 +231,11 @@ class LMHead(Source):
         return source
 
     def row_bytes(self, n):
-        buffers = 2 if self.softcap and self.grads else 1
-        return buffers * (self.entries if self.grads else n) * self.h.element_size()
+        if not self.grads:
+            return n * self.h.element_size()
+        entries = (2 if self.softcap else 1) * self.entries
+        parts = SUM_PARTS * self.h.shape[1] if self.device.type == "cpu" else 0
+        return (entries + parts) * self.h.element_size()
 
     def prepare(self, size, n):
         n = self.entries if self.grads else n
@@ -246,7 +250,7 @@ class LMHead(Source):
     def logits(self, low, high, n, temperature):
         out, h, w = self.buffer[: high - low], self.h[low:high], self.w[: self.buffer.shape[1]]
         # On a CPU a block of the weights at a time: whole, they would be repacked for each chunk.
-        step = 1024 if self.device.type == "cpu" else len(w)
+        step = 1024 if self.device.type == "cpu" else max(len(w), 1)  # 0: a cut's last shards
         for first in range(0, len(w), step):
             part = slice(first, first + step)
             columns = out[:, part]
@@ -279,7 +283,7 @@ class LMHead(Source):
             grad.masked_fill_(~counts[:, None], 0)  # a row that does not count may hold anything
         if d_hidden is not None:
             out = d_hidden[low:high]
-            torch.addmm(out, grad, self.w, beta=0, alpha=self.scale, out=out)
+            _product(out, grad, self.w, self.scale)
         if d_weight is not None:
             h = self.h[low:high].masked_fill(~counts[:, None], 0)  # NaN · 0 is NaN
             _add_product(d_weight, grad.t(), h, self.scale, self.first)
@@ -313,7 +317,8 @@ class TopK(Source):
                        unbiased (random-sampling KD: Anshumann et al., Sparse logit sampling, 2025).
 
     Args:
-        ids: (..., K) integers, distinct in a row; -1 where a row has fewer than K entries.
+        ids: (..., K) integers, distinct in a row; -1 where a row has fewer than K entries. Over
+            vocabulary shards they count through the whole vocabulary, on all ranks the same.
         logprobs: (..., K) log-probabilities at `temperature`.
         tail: see above.
         temperature: of the teacher's softmax; another temperature of the loss is exact, and
@@ -325,6 +330,7 @@ class TopK(Source):
 
     code = 2
     entries = None
+    first: int | Tensor = 0  # over vocabulary shards, the number of this one's first column
 
     def __init__(
         self, ids: Tensor, logprobs: Tensor, *, tail: str = "bucket", temperature: float = 1.0
@@ -364,7 +370,10 @@ class TopK(Source):
     def row_bytes(self, n):
         return _sum_dtype(self.dtype).itemsize * n
 
-    def cut(self, n: int) -> None:
+    def shard(self, gather, first: Tensor) -> None:
+        self.first = first
+
+    def cut(self, n: int | Tensor) -> None:
         """Keep the vocabulary's first n entries: what was known of the others is not possible any
         more."""
         beyond = self.ids >= n
@@ -375,14 +384,12 @@ class TopK(Source):
 
     def logits(self, low, high, n, temperature):
         """Of a renormalised teacher, the only one that is a distribution over the vocabulary."""
-        ids, absent = self.ids[low:high], self.absent(low, high, n)
+        ids = self.ids[low:high] - self.first
+        absent = (ids < 0) | (ids >= n)
         z = self.logprobs[low:high].to(_sum_dtype(self.dtype)) * self.temperature
         whole = z.new_full((len(ids), n + 1), -math.inf)  # absent entries fall into the last column
         whole.scatter_(1, ids.masked_fill(absent, n), z.masked_fill(absent, -math.inf))
         return whole[None, :, :n]
-
-    def absent(self, low, high, n):
-        return (self.ids[low:high] < 0) | (self.ids[low:high] >= n)
 
 
 class Ensemble(Source):
@@ -398,11 +405,15 @@ class Ensemble(Source):
             divided by their sum. None: equal.
         mode: see above.
 
+    Over vocabulary shards, too, each teacher's softmax is of whole rows: one exchange a teacher and
+    chunk.
+
     Raises:
         TypeError, ValueError: naming what does not fit.
     """
 
     code = 3
+    gather: Callable[[Tensor], Tensor] | None = None  # over vocabulary shards
 
     def __init__(
         self,
@@ -503,6 +514,14 @@ class Ensemble(Source):
         for t in self.teachers:
             t.prepare(size, n)
 
+    def shard(self, gather: Callable[[Tensor], Tensor], first: Tensor) -> None:
+        """The columns are a vocabulary shard: `gather` as in `eager.dense`, `first` its column's
+        number."""
+        self.gather = gather
+        for t in self.teachers:
+            if isinstance(t, (TopK, Ensemble)):
+                t.shard(gather, first)
+
     def logits(self, low, high, n, temperature):
         total = None
         for i, teacher in enumerate(self.teachers):
@@ -517,14 +536,28 @@ class Ensemble(Source):
             else:
                 # Dead entries, rows without any other and teachers without a share add nothing.
                 z = (z / temperature).masked_fill_(z <= DEAD, -math.inf)
-                empty = z.amax(-1, keepdim=True) == -math.inf
-                z = F.log_softmax(z, -1).masked_fill_(empty, -math.inf)
+                z = self._log_softmax(z)
                 if isinstance(w, Tensor):
                     z = z.add_(w.log()).masked_fill_(w == 0, -math.inf)
                 else:
                     z += math.log(w)
                 total = z if total is None else torch.logaddexp(total, z, out=total)
         return (total if self.mode == "logits" else total.mul_(temperature))[None]
+
+    def _log_softmax(self, z):
+        """-inf in rows without any support. Of shards, with the maxima and sums of all ranks."""
+        if self.gather is None:
+            empty = z.amax(-1, keepdim=True) == -math.inf
+            return F.log_softmax(z, -1).masked_fill_(empty, -math.inf)
+        some = z.shape[-1] > 0  # a cut may leave a shard nothing
+        maximum = z.amax(-1, keepdim=True) if some else z.new_full((len(z), 1), -math.inf)
+        total = (z - maximum.masked_fill(maximum == -math.inf, 0)).exp_().sum(-1, keepdim=True)
+        maxima, totals = self.gather(torch.cat((maximum, total), -1)).split(1, -1)
+        maximum = maxima.amax(0)
+        empty = maximum == -math.inf
+        maximum.masked_fill_(empty, 0)
+        total = (totals * (maxima - maximum).exp()).sum(0).masked_fill_(empty, 1)
+        return z.sub_(maximum).sub_(total.log())
 
 
 _KINDS = {cls.code: cls for cls in (Dense, LMHead, TopK, Ensemble)}
@@ -566,6 +599,19 @@ def _flat(x: Tensor) -> Tensor:
 
 def _sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """out = alpha · a @ b, of a chunk's few rows, each the sum of a whole vocabulary."""
+    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.float64):
+        torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+        return
+    # The sum in parts: threads need not share one, and shorter sums are more exact.
+    n = a.shape[1] // SUM_PARTS * SUM_PARTS
+    shape = (SUM_PARTS, n // SUM_PARTS)
+    parts = torch.bmm(a[:, :n].unflatten(1, shape).transpose(0, 1), b[:n].unflatten(0, shape))
+    torch.sum(parts, 0, out=out)
+    torch.addmm(out, a[:, n:], b[n:], beta=alpha, alpha=alpha, out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:

@@ -23,9 +23,27 @@ def whole(dtype):
 
     labels = torch.arange(14).view(ROWS) * 4 + 3  # in every shard
     labels[0, 2] = -100
+    other = tensor(*ROWS, V) * 3
+    logprobs, ids = (other + tensor(*ROWS, V)).log_softmax(-1).topk(8)  # in every shard
+    ids[0, 0], ids[0, 1], ids[0, 3] = torch.arange(8), 38 + torch.arange(8), 53 + torch.arange(8)
+    ids[1, 1, ::2], ids[1, 2] = -1, -1
+    every = (tensor(*ROWS, V) * 2).log_softmax(-1).sort(-1)
+    # Rows that live in the first shard, or in the last, alone; an empty row of a mixture.
+    masked, sparse = tensor(*ROWS, V), other.clone()
+    masked[0, 1, :40] = masked[0, 3, 37:] = sparse[0, 1, :40] = sparse[0, 5, 37:] = -torch.inf
+    sparse[1, 1] = -torch.inf
+    share = tensor(*ROWS).abs()
+    share[1, ::2] = 0
     return {
+        "ids": ids,
+        "logprobs": logprobs,
+        "every": every.indices,
+        "all": every.values,
+        "masked": masked,
+        "sparse": sparse,
+        "share": share,
         "logits": tensor(*ROWS, V) * 3,
-        "other": tensor(*ROWS, V) * 3,
+        "other": other,
         "hidden": tensor(*ROWS, H),
         "weight": tensor(V, H),
         "bias": tensor(V),
@@ -37,23 +55,38 @@ def whole(dtype):
 def step(kind, x, labels, **settings):
     """(loss parts, gradients) of one case; `x` are whole tensors, or one rank's."""
     x = {name: v.clone() for name, v in x.items()}
-    leaves = [x["logits"]] if kind.startswith("dense") else [x["hidden"], x["weight"], x["bias"]]
+    student, teacher = kind.split("-")
+    leaves = {
+        "dense": [x["logits"]],
+        "masked": [x["masked"]],
+        "head": [x["hidden"], x["weight"], x["bias"]],
+    }[student]
     for leaf in leaves:
         leaf.requires_grad_()
-    student = leaves[0] if kind.startswith("dense") else LMHead(*leaves, softcap=5.0)
+    student = LMHead(*leaves, softcap=5.0) if student == "head" else leaves[0]
     head = LMHead(x["wide"], x["teacher"], scale=0.5)
+    pairs, T = (x["ids"], x["logprobs"]), settings.get("temperature", 1.0)
+    renormalized = TopK(*pairs, tail="renormalize")
+    geometric = Ensemble([x["other"], head], mode="logits")
+    members = [x["sparse"], renormalized, Ensemble([head, x["other"]])]
     teacher = {
         "dense": x["other"],
         "head": head,
-        "ensemble": Ensemble([x["other"], head], mode="logits"),
-    }[kind.split("-")[1]]
+        "ensemble": geometric,
+        "mixture": Ensemble([x["other"], geometric, renormalized], weights=[1, 0, 0.5]),
+        "weighted": Ensemble(members, weights=[0.5, x["share"], 1.0]),
+        "bucket": TopK(*pairs, temperature=T),
+        "renormalize": renormalized,
+        "truncate": TopK(*pairs, tail="truncate", temperature=T),
+        "every": TopK(x["every"], x["all"], temperature=T),
+    }[teacher]
     parts = kd_loss(student, teacher, labels, return_parts=True, **settings)
     grads = torch.autograd.grad(parts.loss.sum() * 2, leaves)
     return [p for p in parts if p is not None], list(grads)
 
 
 def part_of(x, low, high):
-    columns, rows = ("logits", "other"), ("weight", "bias", "teacher")
+    columns, rows = ("logits", "other", "masked", "sparse"), ("weight", "bias", "teacher")
     return {
         name: v[..., low:high] if name in columns else v[low:high] if name in rows else v
         for name, v in x.items()
@@ -71,6 +104,23 @@ def cases():
     yield "head-head", dict(alpha=0.3, workspace_bytes=30_000, shift=True, reduction="none")
     yield "dense-dense", dict(alpha=0.3, reduction="sum", divergence="hellinger")
     yield "dense-dense", dict(divergence="jeffreys")
+    yield "dense-head", dict(vocab=30)  # leaves the last rank nothing
+    for kind in ("dense-bucket", "head-bucket", "dense-truncate"):
+        for name in ("forward_kl", "reverse_kl"):
+            yield kind, dict(divergence=name, temperature=2.0, alpha=0.5)
+    for kind in ("dense-renormalize", "head-renormalize"):  # some rows are +inf
+        yield kind, dict(divergence="skew_forward_kl", temperature=2.0, reduction="none")
+    for kind in ("dense-mixture", "dense-weighted", "head-weighted"):
+        yield kind, dict(divergence="jsd", temperature=2.0, alpha=0.5)
+    for kind in ("bucket", "every", "weighted"):
+        yield "masked-" + kind, dict(divergence="jsd", alpha=0.6)
+    for kind in ("dense-bucket", "dense-renormalize", "head-truncate", "dense-weighted"):
+        yield kind, dict(alpha=0.7, vocab=30, reduction="none")
+    yield "dense-bucket", dict(divergence="reverse_kl", temperature=2.0, vocab=45)
+    yield "head-bucket", dict(divergence="tvd", reduction="sum")
+    yield "dense-every", dict(divergence="hellinger", alpha=0.2)
+    for kind in ("head-bucket", "head-weighted"):
+        yield kind, dict(alpha=0.3, workspace_bytes=30_000, shift=True, reduction="none")
 
 
 def worker(rank, world, store):
@@ -79,16 +129,17 @@ def worker(rank, world, store):
     group = dist.group.WORLD
     low, high = CUTS[world][rank : rank + 2]
     for backend in ("eager", "triton"):
-        os.environ["FASTKD_BACKEND"] = backend
         dtype = torch.float64 if backend == "eager" else torch.float32
         x, labels = whole(dtype)
         for i, (kind, settings) in enumerate(cases()):
-            if backend == "triton" and i % 3:  # the interpreter takes its time
+            if backend == "triton" and (i + 3 * world) % 6:  # the interpreter takes its time
                 continue
+            os.environ["FASTKD_BACKEND"] = backend
             parts, grads = step(kind, part_of(x, low, high), labels, group=group, **settings)
+            os.environ["FASTKD_BACKEND"] = "eager"
             expected, slopes = step(kind, x, labels, **settings)
             cut = [
-                g[..., low:high] if g.shape[-1] == V and kind.startswith("dense")
+                g[..., low:high] if g.shape[-1] == V and not kind.startswith("head")
                 else g[low:high] if g.shape[0] == V else g
                 for g in slopes
             ]  # fmt: skip
@@ -98,12 +149,12 @@ def worker(rank, world, store):
             try:
                 torch.testing.assert_close(parts, expected, **close)
                 torch.testing.assert_close(grads, cut, **close)
-                bits = [torch.empty_like(parts[0]) for _ in range(world)]
-                dist.all_gather(bits, parts[0].detach())
+                mine = torch.cat([p.detach().flatten().double() for p in parts])
+                bits = [torch.empty_like(mine) for _ in range(world)]
+                dist.all_gather(bits, mine)
                 assert all(torch.equal(b, bits[0]) for b in bits), "ranks differ"
             except AssertionError as error:
                 raise AssertionError(f"{backend}, {kind}, {settings}: {error}") from error
-    os.environ["FASTKD_BACKEND"] = "eager"
     refused(part_of(x, low, high), labels, group)
     if world == 2:
         dtensors(rank)
@@ -114,9 +165,10 @@ def worker(rank, world, store):
 
 def refused(x, labels, group):
     ids = torch.zeros(*ROWS, 1, dtype=torch.long)
-    for teacher in (TopK(ids, -ids.float()), Ensemble([x["other"]])):
-        with pytest.raises(ValueError, match="group"):
-            kd_loss(x["logits"], teacher, group=group)
+    with pytest.raises(ValueError, match=r"\[0, 61\)"):  # another rank's ids are none of that
+        kd_loss(x["logits"], TopK(ids + 61, -ids.float()), group=group)
+    kd_loss(x["logits"], TopK(ids + 60, -ids.float()), group=group)
+    kd_loss(x["logits"], TopK(ids + 61, -ids.float()), group=group, vocab=61)
     with pytest.raises(ValueError, match=r"\[0, 61\)"):
         kd_loss(x["logits"], x["other"], labels + 20, group=group)
     with pytest.raises(TypeError, match="group must be"):
@@ -140,6 +192,10 @@ def dtensors(rank):
     torch.testing.assert_close(loss.detach(), expected[0])
     assert isinstance(student.grad, DTensor)
     torch.testing.assert_close(student.grad.full_tensor(), slopes[0] / 2)
+
+    ids, logprobs = x["ids"], x["logprobs"]
+    expected = kd_loss(x["logits"], TopK(ids, logprobs))
+    torch.testing.assert_close(kd_loss(student.detach(), TopK(ids, logprobs)), expected)
 
     head = LMHead(x["hidden"], distribute_tensor(x["weight"], mesh, [Shard(0)]))
     with pytest.raises(ValueError, match="full_tensor"):  # FSDP's look the same

@@ -23,6 +23,7 @@ WORKSPACE_BYTES = 512 * 2**20
 # take memory and save no time. Bytes and operations both grow with the width, which cancels.
 ENOUGH_ROWS = {"cpu": 128}
 ENOUGH_ROWS_ON_GPU = 4096
+ENOUGH_BYTES = 2**25  # of a chunk's logits: fewer, of a small vocabulary, are not worth more chunks
 
 # What is computed for each row.
 ROWS = (
@@ -199,7 +200,8 @@ def chunk_rows(
             f"workspace_bytes must be at least {row_bytes + block_bytes:,}, which one row needs,"
             f" got {workspace_bytes:,}"
         )
-    rows = min(rows, ENOUGH_ROWS.get(device, ENOUGH_ROWS_ON_GPU), T)
+    enough = max(ENOUGH_ROWS.get(device, ENOUGH_ROWS_ON_GPU), ENOUGH_BYTES // row_bytes)
+    rows = min(rows, enough, T)
     even = -(-T // -(-T // rows))
     return min(rows, -(-even // 64) * 64)
 

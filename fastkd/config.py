@@ -96,6 +96,11 @@ class DistillConfig:
     gradient_checkpointing: bool = _flag(
         False, "Recompute the student's activations: less memory, more time."
     )
+    logits: Literal["auto", "whole"] = _flag(
+        "auto",
+        "auto: made from hidden states, a chunk of tokens at a time, where the model's head allows;"
+        " whole: as one tensor.",
+    )
     attn_implementation: str | None = _flag(
         None, "transformers' name: sdpa, eager, flash_attention_2, …"
     )

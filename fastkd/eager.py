@@ -19,6 +19,7 @@ from fastkd.divergences import LOG_FLOOR, Divergence
 LN_2 = math.log(2)
 DEAD = -1e30  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
 BLOCK_ENTRIES = 5 * 2**16  # a thread: a few buffers of 1.25 MiB in fp32 stay in its cache
+LEAST_ENTRIES = 3 * 2**16  # of a block: the calls on fewer cost more than their work
 BUFFERS = 24  # of a block's size, at most: softmaxes, slopes, temporaries, what malloc keeps
 
 
@@ -77,7 +78,8 @@ def dense(
     if on_cpu:
         torch.empty(32_000_000, dtype=torch.uint8)
     V = student.shape[-1]
-    size = min(block_rows(V, student.device), max(1, len(weight) // 20))  # little beside a chunk
+    # Little beside a chunk of an LM head's rows.
+    size = min(block_rows(V, student.device), max(1, len(weight) // 20, LEAST_ENTRIES // V))
     # Allocated once: what is freed in between costs page faults again.
     count = 6 if divergence.kind == "mixed" else 4
     scratch = buffers.empty((count, size, n), student, dtype)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from fastkd.data import IGNORED
 from fastkd.loss import kd_loss
+from fastkd.models import Head, find_head, logits_of
 
 
 @torch.no_grad()
@@ -20,6 +21,7 @@ def evaluate(
     batches: Iterable[dict[str, torch.Tensor]],
     accelerator: Accelerator,
     teacher: Any | None = None,
+    heads: tuple[Head | None, Head | None] | None = None,
 ) -> dict[str, float]:
     """Score a model on held-out batches; under several processes each brings its own.
 
@@ -28,6 +30,8 @@ def evaluate(
         batches: `input_ids`, `attention_mask` and `labels`; tokens labelled -100 do not count.
         accelerator: names the device and the autocast, and joins the processes.
         teacher: scored against, if given, over the vocabulary that both have.
+        heads: of student and teacher, as `find_head` gives them; default: found with the first
+            batch. Unused without a teacher.
 
     Returns:
         `perplexity`, and with a teacher `kl` (KL(teacher‖student) in nats per token) and
@@ -40,19 +44,22 @@ def evaluate(
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         labels = batch.pop("labels")
         counts = F.pad(labels[:, 1:] != IGNORED, (0, 1))
-        with accelerator.autocast():
-            s = student(**batch, use_cache=False).logits
-            t = None if teacher is None else teacher(**batch, use_cache=False).logits
         sums[0] += counts.sum().cpu()
-        if t is None:
+        if teacher is None:
+            with accelerator.autocast():
+                s = student(**batch, use_cache=False).logits
             entropies = F.cross_entropy(
                 s[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
             )
             sums[1] += entropies.cpu()
             continue
-        parts = kd_loss(
-            s, t, labels, shift=True, reduction="sum", vocab="shared", return_parts=True
-        )
+        with accelerator.autocast():
+            if heads is None:
+                heads = tuple(find_head(model, batch["input_ids"]) for model in (student, teacher))
+            s, t = (logits_of(*side, batch) for side in zip((student, teacher), heads, strict=True))
+            parts = kd_loss(
+                s, t, labels, shift=True, reduction="sum", vocab="shared", return_parts=True
+            )
         scores = [parts.cross_entropy, parts.divergence, parts.top1_agreement]
         sums[1:] += torch.stack(scores).float().cpu()
     student.train(was_training)

@@ -30,9 +30,20 @@ from fastkd.divergences import Divergence
 from fastkd.evaluate import evaluate
 from fastkd.loss import KDParts, kd_loss
 from fastkd.measure import peak_memory
-from fastkd.models import open_student, open_teacher, open_tokenizer
+from fastkd.models import find_head, logits_of, open_student, open_teacher, open_tokenizer
 from fastkd.optim import make_optimizer, make_scheduler
 from fastkd.outputs import Log, checkpoint_to_resume, resume, save_checkpoint, save_model
+from fastkd.sources import LMHead
+
+# What the log calls the parts of the loss; an average over the target tokens of the steps.
+MEASURES = {
+    "loss": "loss",
+    "kd": "divergence",
+    "ce": "cross_entropy",
+    "teacher_entropy": "teacher_entropy",
+    "student_entropy": "student_entropy",
+    "top1_agreement": "top1_agreement",
+}
 
 
 @dataclass
@@ -80,6 +91,11 @@ def distill(config: DistillConfig) -> Run:
     vars(bare).pop("forward", None)
     if teacher is not None:
         teacher.to(accelerator.device)
+    heads = (None, None)
+    if teacher is not None and config.logits == "auto":
+        ids = torch.tensor([train_rows[0]["input_ids"]], device=accelerator.device)
+        with accelerator.autocast():
+            heads = find_head(bare, ids), find_head(teacher, ids)
 
     accumulate = config.gradient_accumulation_steps
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -107,12 +123,12 @@ def distill(config: DistillConfig) -> Run:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         config.save(output / "fastkd.yaml")
-        _announce(config, student, teacher, train_rows, eval_rows, steps)
+        _announce(config, student, teacher, heads, train_rows, eval_rows, steps)
     bar = tqdm(total=steps, initial=done, disable=not accelerator.is_main_process, desc=output.name)
     log = Log(output / "log.jsonl", done, bar)
     scores, paused, started = {}, 0.0, time.perf_counter()
-    # Since the last line of the log: loss, divergence, cross-entropy and targets; time; steps.
-    sums, window, logged = torch.zeros(4, device=accelerator.device), started, done
+    # Since the last line of the log: measures and targets; time; steps.
+    sums, window, logged = torch.zeros(len(MEASURES) + 1, device=accelerator.device), started, done
 
     for step in range(done + 1, steps + 1):
         micro_batches = next(groups)
@@ -124,18 +140,19 @@ def distill(config: DistillConfig) -> Run:
             labels = batch.pop("labels")
             with nullcontext() if i == len(micro_batches) else accelerator.no_sync(student):
                 with accelerator.autocast():
-                    logits = student(**batch, use_cache=False).logits
-                    with torch.no_grad():
-                        target = (
-                            None if teacher is None else teacher(**batch, use_cache=False).logits
-                        )
-                parts = _loss(logits, target, labels, num_items, divergence, vocab, config)
+                    logits, target = logits_of(student, heads[0], batch), None
+                    if teacher is not None:
+                        with torch.no_grad():
+                            target = logits_of(teacher, heads[1], batch)
+                    parts = _loss(logits, target, labels, num_items, divergence, vocab, config)
                 del logits, target
                 # Data parallelism averages over processes, but the loss is per token of them all.
                 accelerator.backward(parts.loss * world)
-            values = [parts.loss.detach(), parts.divergence, parts.cross_entropy]
-            sums[:3] += torch.stack(values).to(sums)
-        sums[3] += targets
+            measures = [getattr(parts, name) for name in MEASURES.values()]
+            for k, measure in enumerate(measures):
+                if measure is not None:
+                    sums[k] += measure.detach()
+        sums[-1] += targets
         norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm or math.inf)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -145,29 +162,29 @@ def distill(config: DistillConfig) -> Run:
         bar.update()
 
         if step == steps or step % config.logging_steps == 0:
-            loss, kd, ce, tokens = accelerator.reduce(sums, "sum").tolist()
+            *totals, tokens = accelerator.reduce(sums, "sum").tolist()
             n, now = step - logged, time.perf_counter()
+            named = zip(MEASURES, totals, measures, strict=True)
             row = {
                 "step": step,
-                "loss": loss / n,
-                "kd": kd / n,
-                "ce": ce / n,
+                **{name: total / n for name, total, x in named if x is not None},
                 "lr": lr,
                 "grad_norm": float(norm),
                 "tokens_per_second": tokens / (now - window),
                 "peak_memory_mb": peak_memory(accelerator.device),
             }
             log.write(row)
-            if not math.isfinite(loss):
+            if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
-                    f"the loss is {loss / n} at step {step}: try a lower --learning_rate, or bf16"
+                    f"the loss is {row['loss']} at step {step}: try a lower --learning_rate, or"
+                    " bf16"
                 )
             sums, window, logged = torch.zeros_like(sums), now, step
         pause = time.perf_counter()
         due = step == steps or (config.eval_steps and step % config.eval_steps == 0)
         if due and eval_rows is not None:
             held_out = eval_batches(eval_rows, collate, config.batch_size, world, rank)
-            scores = evaluate(bare, held_out, accelerator, teacher)
+            scores = evaluate(bare, held_out, accelerator, teacher, heads)
             log.write({"step": step} | {f"eval_{name}": value for name, value in scores.items()})
         if config.save_steps and step % config.save_steps == 0:
             limit = config.save_total_limit
@@ -187,8 +204,8 @@ def distill(config: DistillConfig) -> Run:
 
 
 def _loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor | None,
+    student: torch.Tensor | LMHead,
+    teacher: torch.Tensor | LMHead | None,
     labels: torch.Tensor,
     num_items: torch.Tensor,
     divergence: Divergence,
@@ -231,7 +248,7 @@ def _open_data(config: DistillConfig, tokenizer: Any) -> tuple[Dataset, Dataset 
     )
 
 
-def _announce(config, student, teacher, train_rows, eval_rows, steps) -> None:
+def _announce(config, student, teacher, heads, train_rows, eval_rows, steps) -> None:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     frozen = (
         "no teacher"
@@ -247,3 +264,6 @@ def _announce(config, student, teacher, train_rows, eval_rows, steps) -> None:
         f"{steps:,} steps of {config.batch_size} x {config.gradient_accumulation_steps}"
         " sequences per device"
     )
+    if teacher is not None:
+        ways = ["whole" if head is None else "in chunks, from hidden states" for head in heads]
+        print(f"logits: the student's {ways[0]}; the teacher's {ways[1]}")

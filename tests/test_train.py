@@ -17,6 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -27,7 +30,8 @@ from fastkd.cli import main, parse
 from fastkd.config import DistillConfig, InputError
 from fastkd.data import Collator, eval_batches
 from fastkd.evaluate import evaluate
-from fastkd.models import open_teacher
+from fastkd.models import find_head, open_student, open_teacher
+from fastkd.sources import LMHead
 from fastkd.train import distill
 
 WORDS = 60
@@ -44,7 +48,9 @@ def fresh_process(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def write_model(folder, seed, words=WORDS, size=None, scale=1.0, dropout=0.0):
+def write_model(
+    folder, seed, words=WORDS, size=None, scale=1.0, dropout=0.0, family=LlamaConfig, **others
+):
     vocabulary = {f"w{i}": i for i in range(words)} | {"<end>": words}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -52,12 +58,12 @@ def write_model(folder, seed, words=WORDS, size=None, scale=1.0, dropout=0.0):
         tokenizer_object=inner, eos_token="<end>", pad_token="<end>"
     )
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
+    config = family(
         vocab_size=size or words + 4, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, attention_dropout=dropout,
+        num_attention_heads=2, max_position_embeddings=64, attention_dropout=dropout, **others,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.lm_head.weight *= scale
     model.save_pretrained(folder)
@@ -106,6 +112,108 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+# Heads: untied; tied, with a softcap; logits multiplied, and divided.
+FAMILIES = {
+    "llama": {},
+    "gemma2": {
+        "family": Gemma2Config,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "final_logit_softcapping": 3.0,
+    },
+    "cohere": {"family": CohereConfig, "logit_scale": 0.3, "tie_word_embeddings": False},
+    "granite": {"family": GraniteConfig, "logits_scaling": 4.0},
+}
+CHUNKS = "in chunks, from hidden states"
+
+
+def both_ways(settings, tmp_path, **change):
+    """The settings' run with logits=auto; that it ends where one on whole logits does."""
+    settings |= {"optimizer": "SGD", "learning_rate": 0.2, "eval_fraction": 0.25, **change}
+    auto, whole = (
+        distill(DistillConfig(**settings | {"logits": way, "output": str(tmp_path / way)}))
+        for way in ("auto", "whole")
+    )
+    assert difference(auto.output, whole.output) < 1e-6
+    assert difference(auto.output, settings["student"]) > 1e-3
+    for row, other in zip(auto.history, whole.history, strict=True):
+        for name in row.keys() - {"tokens_per_second", "peak_memory_mb"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-4), name
+    return auto
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_chunks_train_as_whole_logits_do(settings, tmp_path, capsys, family):
+    for seed, name in enumerate(("student", "teacher")):
+        settings[name] = write_model(tmp_path / name, seed, scale=5.0, **FAMILIES[family])
+    both_ways(settings, tmp_path, gradient_accumulation_steps=2)
+    said = capsys.readouterr().out
+    assert f"logits: the student's {CHUNKS}; the teacher's {CHUNKS}\n" in said
+    assert "logits: the student's whole; the teacher's whole\n" in said
+
+
+def test_the_log_says_how_far_apart_the_models_are(settings):
+    first, *_ = distill(DistillConfig(**settings | {"student": settings["teacher"]})).history
+    assert first["top1_agreement"] == pytest.approx(1)
+    assert first["teacher_entropy"] == pytest.approx(first["student_entropy"], rel=1e-3)
+    assert 1 < first["teacher_entropy"] < math.log(WORDS + 4)
+    alone, *_ = distill(
+        DistillConfig(**settings | {"teacher": None, "alpha": 0.0, "overwrite": True})
+    ).history
+    assert alone["ce"] == alone["loss"] and "top1_agreement" not in alone
+
+
+def test_no_tensor_of_all_logits_is_made(settings, monkeypatch):
+    """In training and evaluation, of either model: by the head, or by other means for the loss."""
+    import fastkd.evaluate
+    import fastkd.train
+
+    positions, sides = [], []
+    for name, open_model in (("open_student", open_student), ("open_teacher", open_teacher)):
+
+        def opened(config, open_model=open_model):
+            model = open_model(config)
+            model.lm_head.register_forward_hook(lambda *args: positions.append(args[2].shape[1]))
+            return model
+
+        monkeypatch.setattr(fastkd.train, name, opened)
+    for module in (fastkd.train, fastkd.evaluate):
+
+        def loss(s, t, *rest, compare=module.kd_loss, **kwargs):
+            sides.extend([s, t])
+            return compare(s, t, *rest, **kwargs)
+
+        monkeypatch.setattr(module, "kd_loss", loss)
+    distill(DistillConfig(**settings | {"eval_fraction": 0.2, "gradient_checkpointing": True}))
+    assert sides and all(isinstance(side, LMHead) for side in sides)
+    assert max(side.leading[1] for side in sides) > 8 >= max(positions)
+    assert sum(n > 1 for n in positions) == 4  # the two probes of each
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z + torch.arange(z.shape[-1]) / 20,
+        lambda z: 100 * torch.tanh(z / 100),  # not felt by a fresh student's small logits
+    ],
+)
+def test_logits_that_are_not_the_heads_alone_stay_whole(
+    settings, tmp_path, monkeypatch, capsys, change
+):
+    """Of the student; the teacher, of another class, decides for itself."""
+    settings["teacher"] = write_model(tmp_path / "other", 1, scale=5.0, **FAMILIES["gemma2"])
+    forward = LlamaForCausalLM.forward
+
+    def changed(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", changed)
+    both_ways(settings, tmp_path)
+    assert f"logits: the student's whole; the teacher's {CHUNKS}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 def test_accumulated_micro_batches_make_the_step_of_one_batch(settings, tmp_path, teacher):
     settings |= {"optimizer": "SGD", "max_steps": 1, "warmup_ratio": 0.0, "learning_rate": 0.5}
@@ -131,7 +239,11 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(settings, tmp_path
     )
 
 
-def test_two_processes_make_the_steps_of_one(settings, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_processes_make_the_steps_of_one(settings, tmp_path, tied):
+    """The head's gradient comes from outside of the forward pass that is wrapped, a tied one's also
+    from inside."""
+    settings["student"] = write_model(tmp_path / "student", 0, tie_word_embeddings=tied)
     settings |= {
         "optimizer": "SGD",
         "learning_rate": 0.5,
@@ -347,7 +459,8 @@ def test_settings_that_work(settings, change):
     assert difference(settings["student"], run.output) > 1e-4
 
 
-def test_mixed_precision_keeps_logits_in_bf16(settings, monkeypatch):
+@pytest.mark.parametrize("logits", ["auto", "whole"])
+def test_mixed_precision_keeps_logits_in_bf16(settings, monkeypatch, logits):
     import fastkd.train
 
     seen = []
@@ -355,15 +468,17 @@ def test_mixed_precision_keeps_logits_in_bf16(settings, monkeypatch):
     monkeypatch.setattr(
         fastkd.train,
         "kd_loss",
-        lambda s, *rest, **kwargs: seen.append(s.dtype) or loss(s, *rest, **kwargs),
+        lambda s, *rest, **kwargs: seen.append((type(s), s.dtype)) or loss(s, *rest, **kwargs),
     )
-    distill(DistillConfig(**settings | {"mixed_precision": "bf16"}))
-    assert set(seen) == {torch.bfloat16}
+    distill(DistillConfig(**settings | {"mixed_precision": "bf16", "logits": logits}))
+    kind = LMHead if logits == "auto" else torch.Tensor
+    assert set(seen) == {(kind, torch.bfloat16)}
 
 
-def test_adapters_are_saved_alone(settings, tmp_path):
+def test_adapters_are_saved_alone(settings, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     distill(DistillConfig(**settings, lora_r=2))
+    assert CHUNKS in capsys.readouterr().out.partition("the teacher's")[0]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -371,6 +486,16 @@ def test_adapters_are_saved_alone(settings, tmp_path):
     for name, x in model.merge_and_unload().state_dict().items():
         changes = "_proj" in name
         assert torch.equal(x, base[name]) != changes
+
+
+def test_an_adapter_on_the_head_keeps_logits_whole(settings):
+    """A fresh one adds nothing yet: only its class tells."""
+    peft = pytest.importorskip("peft")
+    model = open_teacher(DistillConfig(**settings))
+    ids = torch.arange(8)[None]
+    assert find_head(model, ids) is not None
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    assert find_head(wrapped, ids) is None
 
 
 def test_command_line_end_to_end(settings, tmp_path, capsys):

@@ -98,8 +98,8 @@ class DistillConfig:
     )
     logits: Literal["auto", "whole"] = _flag(
         "auto",
-        "auto: made from hidden states, a chunk of tokens at a time, where the model's head allows;"
-        " whole: as one tensor.",
+        "auto: under a teacher, made from hidden states a chunk of tokens at a time, where the"
+        " model's head allows; whole: as one tensor.",
     )
     attn_implementation: str | None = _flag(
         None, "transformers' name: sdpa, eager, flash_attention_2, …"

@@ -448,10 +448,11 @@ def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
     lists = [x for x in members if isinstance(x, TopK)]
     N = shards.sizes(n, group, lists[0].ids).sum() if group and lists else n
     for x in lists:
+        ids = x.ids.long()  # N may be more than a smaller type holds
         # Under "strict" an id beyond the vocabulary is a mistake; a cut leaves it out.
-        absent = x.ids < 0 if vocab == "strict" else (x.ids < 0) | (x.ids >= N)
-        _check_range("top-k ids", x.ids, absent, N)
-        ordered = torch.where(x.ids < 0, -1, x.ids.long()).sort(-1).values
+        absent = ids < 0 if vocab == "strict" else (ids < 0) | (ids >= N)
+        _check_range("top-k ids", ids, absent, N)
+        ordered = torch.where(ids < 0, -1, ids).sort(-1).values
         repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         message = "top-k ids must be distinct in a row, got {} twice"
         _require(~repeated, message, ordered[..., 1:])
@@ -466,8 +467,8 @@ def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
 def _check_range(what: str, ids: Tensor, ignored: Tensor, V: int | Tensor) -> None:
     absent = "ignore_index" if what == "labels" else "-1"
     inside = ignored | ((ids >= 0) & (ids < V))
-    if isinstance(V, Tensor) and V.device.type != "cpu":
-        V = "V"  # its number would be a sync
+    if isinstance(V, Tensor) and (V.device.type != "cpu" or torch.compiler.is_compiling()):
+        V = "V"  # its number would be a sync, or is not known yet
     _require(inside, f"{what} must be in [0, {V}) or {absent}, got {{}}", ids)
 
 

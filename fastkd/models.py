@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fastkd import reference
 from fastkd.config import DistillConfig, InputError
 from fastkd.sources import LMHead
 
@@ -119,26 +118,31 @@ def find_head(model: Any, ids: Tensor) -> Head | None:
         seen = []
 
         def forward(input):
-            seen.append(factor * input)
-            return F.linear(seen[-1], linear.weight, linear.bias)
+            product = F.linear(input, linear.weight, linear.bias)
+            seen.append(factor * product.float())  # fp32: what follows must not hide in roundings
+            return seen[-1]
 
         with _forward_of(linear, forward):
             own = model(input_ids=ids[:1, :PROBE_TOKENS], use_cache=False).logits
         return seen, own
 
-    was_training = model.training
-    model.eval()
-    probes = [probe(1.0)]
-    # And larger logits: a cap that small ones do not feel would be missed.
-    probes.append(probe(100 / max(probes[0][1].abs().max().item(), 1e-3)))
-    model.train(was_training)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        probes = [probe(1.0)]
+        # And larger logits: a cap that small ones do not feel would be missed.
+        probes.append(probe(100 / max(probes[0][1].abs().max().item(), 1e-3)))
+    finally:
+        for module, training in modes.items():
+            module.training = training
     if any(len(seen) != 1 for seen, _ in probes):
         return None
     scales, softcaps = (_numbers(model, names) for names in (SCALES, SOFTCAPS))
     for softcap, scale in product([*softcaps, None], [*scales, *(1 / x for x in scales), 1.0]):
-        head = Head(linear, softcap, scale)
-        if all(_agree(head.source(hidden), own) for (hidden,), own in probes):
-            return head
+        if scale != 1 and linear.bias is not None:
+            continue  # it would be scaled too
+        if all(_agree(z, own, softcap, scale) for (z,), own in probes):
+            return Head(linear, softcap, scale)
     return None
 
 
@@ -178,14 +182,15 @@ def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
         del module.forward
 
 
-def _agree(source: LMHead, own: Tensor) -> bool:
-    """Up to a few roundings of the logits, and those of sums in fp32. Logits of 0 tell nothing."""
-    logits = reference.logits(source).float()
+def _agree(product: Tensor, own: Tensor, softcap: float | None, scale: float) -> bool:
+    """Up to a few roundings. Logits of 0 tell nothing."""
+    logits = scale * product
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if logits.shape != own.shape:
         return False
-    tolerance = 4 * torch.finfo(source.dtype).eps + 1e-5
     error, largest = (logits - own.float()).abs().max(), own.abs().max()
-    return bool(error < tolerance * largest)
+    return bool(error < 8 * torch.finfo(own.dtype).eps * largest)
 
 
 def _open(config: DistillConfig, name: str, dtype: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -80,6 +80,11 @@ def distill(config: DistillConfig) -> Run:
     tokenizer, vocab = open_tokenizer(config)
     divergence = config.build_divergence()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError(
+            "accelerate is set to compile the model (dynamo_backend"
+            f" {accelerator.state.dynamo_plugin.backend.value}), which this loop does not support"
+        )
     set_seed(config.seed)
     with accelerator.main_process_first():  # the others read what the first one has cached
         train_rows, eval_rows = _open_data(config, tokenizer)

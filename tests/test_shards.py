@@ -30,6 +30,8 @@ def whole(dtype):
     every = (tensor(*ROWS, V) * 2).log_softmax(-1).sort(-1)
     # Rows that live in the first shard, or in the last, alone; an empty row of a mixture.
     masked, sparse = tensor(*ROWS, V), other.clone()
+    dead = other.clone()  # a row that no rank has anything of
+    dead[0, 0] = -torch.inf
     masked[0, 1, :40] = masked[0, 3, 37:] = sparse[0, 1, :40] = sparse[0, 5, 37:] = -torch.inf
     sparse[1, 1] = -torch.inf
     share = tensor(*ROWS).abs()
@@ -40,6 +42,7 @@ def whole(dtype):
         "every": every.indices,
         "all": every.values,
         "masked": masked,
+        "dead": dead,
         "sparse": sparse,
         "share": share,
         "logits": tensor(*ROWS, V) * 3,
@@ -59,6 +62,7 @@ def step(kind, x, labels, **settings):
     leaves = {
         "dense": [x["logits"]],
         "masked": [x["masked"]],
+        "dead": [x["dead"]],
         "head": [x["hidden"], x["weight"], x["bias"]],
     }[student]
     for leaf in leaves:
@@ -86,7 +90,7 @@ def step(kind, x, labels, **settings):
 
 
 def part_of(x, low, high):
-    columns, rows = ("logits", "other", "masked", "sparse"), ("weight", "bias", "teacher")
+    columns, rows = ("logits", "other", "masked", "dead", "sparse"), ("weight", "bias", "teacher")
     return {
         name: v[..., low:high] if name in columns else v[low:high] if name in rows else v
         for name, v in x.items()
@@ -114,6 +118,8 @@ def cases():
         yield kind, dict(divergence="jsd", temperature=2.0, alpha=0.5)
     for kind in ("bucket", "every", "weighted"):
         yield "masked-" + kind, dict(divergence="jsd", alpha=0.6)
+    for kind in ("dead-dense", "dead-bucket"):
+        yield kind, dict(alpha=0.6, temperature=2.0, reduction="none")
     for kind in ("dense-bucket", "dense-renormalize", "head-truncate", "dense-weighted"):
         yield kind, dict(alpha=0.7, vocab=30, reduction="none")
     yield "dense-bucket", dict(divergence="reverse_kl", temperature=2.0, vocab=45)
@@ -157,6 +163,7 @@ def worker(rank, world, store):
                 raise AssertionError(f"{backend}, {kind}, {settings}: {error}") from error
     refused(part_of(x, low, high), labels, group)
     if world == 2:
+        compiled(part_of(x, low, high), labels, group)
         dtensors(rank)
     dist.barrier()
     dist.destroy_process_group()
@@ -175,6 +182,23 @@ def refused(x, labels, group):
         kd_loss(x["logits"], x["other"], group="tp")
     with pytest.raises(ValueError, match="between 1 and 61"):
         kd_loss(x["logits"], x["other"], group=group, vocab=62)
+
+
+def compiled(x, labels, group):
+    """Without a graph break, as without compiling."""
+
+    def loss(logits, ids, logprobs, other, labels):
+        settings = dict(alpha=0.5, group=group)
+        sparse = kd_loss(logits, TopK(ids, logprobs), labels, **settings)
+        return sparse + kd_loss(logits, other, labels, **settings)
+
+    inputs = [x[name].clone() for name in ("logits", "ids", "logprobs", "other")] + [labels]
+    leaf = inputs[0].requires_grad_()
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = run(*inputs)
+        results.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    torch.testing.assert_close(*results)
 
 
 def dtensors(rank):

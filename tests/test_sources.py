@@ -625,6 +625,13 @@ def test_bad_input(error, message, call):
     )
 
 
+def test_ids_of_a_type_that_does_not_hold_the_vocabulary():
+    student = torch.randn(2, 40_000, device=DEVICE)
+    ids, logprobs = torch.arange(8).view(2, 4).to(DEVICE), torch.full((2, 4), -3.0, device=DEVICE)
+    small, large = (kd_loss(student, TopK(ids.to(t), logprobs)) for t in (torch.int16, torch.int64))
+    assert torch.equal(small, large)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a device assertion on a GPU")
 def test_bad_ids():
     for ids, message in ((61, "61"), (0, "distinct")):

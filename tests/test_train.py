@@ -488,6 +488,16 @@ def test_adapters_are_saved_alone(settings, tmp_path, capsys):
         assert torch.equal(x, base[name]) != changes
 
 
+def test_a_scale_near_one_is_found_in_low_precision(settings, tmp_path):
+    settings["teacher"] = write_model(
+        tmp_path / "near", 1, family=GraniteConfig, logits_scaling=1.01
+    )
+    model = open_teacher(DistillConfig(**settings | {"dtype": "bfloat16"})).train()
+    model.model.layers[0].eval()
+    assert find_head(model, torch.arange(8)[None]).scale == 1 / 1.01
+    assert model.training and not model.model.layers[0].training
+
+
 def test_an_adapter_on_the_head_keeps_logits_whole(settings):
     """A fresh one adds nothing yet: only its class tells."""
     peft = pytest.importorskip("peft")

@@ -59,7 +59,8 @@ def heads(entries: list[dict]) -> str:
     """One row per shape, trained or frozen head, and divergence."""
     lines = [
         f"LM heads on both sides, from hidden states, {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
-        " the four matrix products alone (three where the head is frozen), in turns with fastkd.",
+        " the four matrix products alone (three where the head is frozen), timed in"
+        " turns with each provider, and shown beside fastkd; the ratios are of times over gemms.",
         "",
         "| rows × V | H, student and teacher | head | divergence | gemms | naive | torch.compile"
         " | Liger fused | Liger chunked | TRL | fastkd | fastkd / gemms | naive / fastkd"
@@ -75,7 +76,8 @@ def heads(entries: list[dict]) -> str:
             f" | {'frozen' if frozen else 'trained'} | {divergence}"
             f" | {milliseconds(ours and ours['floor_seconds'])} | "
             + " | ".join(ms(row, provider) for provider in columns)
-            + f" | {over_floor(ours)} | {ratio(row, 'naive', 'fastkd')} | {memory(row)} |"
+            + f" | {over_floor(ours)} | {ratio(row, 'naive', 'fastkd', in_floors=True)}"
+            f" | {memory(row)} |"
         )
     return "\n".join(lines)
 
@@ -97,7 +99,7 @@ def topk(entries: list[dict]) -> str:
         lines.append(
             f"| {name} | {rows:,} × {V:,} | {ms(row, 'naive')} | {ms(row, 'compile')}"
             f" | {ms(row, 'fastkd')} | {milliseconds(floor)}"
-            f" | {ratio(row, 'naive', 'fastkd')} | {memory(row)} |"
+            f" | {ratio(row, 'naive', 'fastkd', in_floors=True)} | {memory(row)} |"
         )
     return "\n".join(lines)
 
@@ -120,10 +122,14 @@ def ms(row: dict[str, dict], provider: str) -> str:
     return milliseconds(row.get(provider, {}).get("median"))
 
 
-def ratio(row: dict[str, dict], above: str, below: str) -> str:
+def ratio(row: dict[str, dict], above: str, below: str, in_floors: bool = False) -> str:
+    """Of two medians, each over its own floor where that was timed in turns with it."""
     if above not in row or below not in row:
         return "–"
-    return f"{row[above]['median'] / row[below]['median']:.1f}"
+    above, below = (
+        row[x]["median"] / (row[x]["floor_seconds"] if in_floors else 1) for x in (above, below)
+    )
+    return f"{above / below:.1f}"
 
 
 def over_floor(entry: dict | None) -> str:

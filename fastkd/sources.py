@@ -23,7 +23,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TAILS = ("bucket", "renormalize", "truncate")
 MODES = ("probabilities", "logits")
-SUM_PARTS = 4  # of a sum over the vocabulary, on a CPU
+# Of a product with the weights, on a CPU:
+COLUMNS = 256  # of a block
+SUM_PARTS = 4  # of a sum over the vocabulary
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -249,13 +251,7 @@ class LMHead(Source):
 
     def logits(self, low, high, n, temperature):
         out, h, w = self.buffer[: high - low], self.h[low:high], self.w[: self.buffer.shape[1]]
-        # On a CPU a block of the weights at a time: whole, they would be repacked for each chunk.
-        step = 1024 if self.device.type == "cpu" else max(len(w), 1)  # 0: a cut's last shards
-        for first in range(0, len(w), step):
-            part = slice(first, first + step)
-            columns = out[:, part]
-            bias, beta = (columns, 0) if self.b is None else (self.b[: len(w)][part], 1)
-            torch.addmm(bias, h, w[part].t(), beta=beta, alpha=self.scale, out=columns)
+        _linear(out, h, w, None if self.b is None else self.b[: len(w)], self.scale)
         if self.softcap:
             tanh = torch.tanh(out.div_(self.softcap), out=self.tanh[: len(h)])
             torch.mul(tanh, self.softcap, out=out)
@@ -601,9 +597,26 @@ def _sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+    """out = scale · x @ weight.T + bias, of a chunk's few rows and a whole vocabulary."""
+    first, beta = 0, 0 if bias is None else 1
+    if _in_blocks(x):
+        # A few columns at a time, each thread its own: they are read once, and stay in the cache.
+        count = len(weight) // COLUMNS
+        first = count * COLUMNS
+        blocks = out[:, :first].unflatten(1, (count, COLUMNS)).transpose(0, 1)
+        weights = weight[:first].unflatten(0, (count, COLUMNS)).transpose(1, 2)
+        added = blocks if bias is None else bias[:first].view(count, 1, COLUMNS)
+        xs = x.expand(count, *x.shape)
+        torch.baddbmm(added, xs, weights, beta=beta, alpha=scale, out=blocks)
+    rest = out[:, first:]
+    added = rest if bias is None else bias[first:]
+    torch.addmm(added, x, weight[first:].t(), beta=beta, alpha=scale, out=rest)
+
+
 def _product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     """out = alpha · a @ b, of a chunk's few rows, each the sum of a whole vocabulary."""
-    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.float64):
+    if not _in_blocks(a):
         torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
         return
     # The sum in parts: threads need not share one, and shorter sums are more exact.
@@ -612,6 +625,11 @@ def _product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     parts = torch.bmm(a[:, :n].unflatten(1, shape).transpose(0, 1), b[:n].unflatten(0, shape))
     torch.sum(parts, 0, out=out)
     torch.addmm(out, a[:, n:], b[n:], beta=alpha, alpha=alpha, out=out)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    """Whether the math library takes products of blocks as they lie, and each in one thread."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:

@@ -459,6 +459,12 @@ def test_settings_that_work(settings, change):
     assert difference(settings["student"], run.output) > 1e-4
 
 
+def test_compiled_models_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(InputError, match="dynamo_backend"):
+        distill(DistillConfig(**settings))
+
+
 @pytest.mark.parametrize("logits", ["auto", "whole"])
 def test_mixed_precision_keeps_logits_in_bf16(settings, monkeypatch, logits):
     import fastkd.train

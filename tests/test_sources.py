@@ -508,6 +508,22 @@ def test_same_bits_every_time(backend, chunked):
     assert all(torch.equal(a, b) for other in runs for a, b in zip(other, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_heads_of_several_blocks_of_columns(biased):
+    """Products on a CPU go by 256 columns, the last ones by themselves: as one product."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(9, 2 * 7), (600, 2 * 7), *([(600,)] if biased else [])]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    tensors = [x[..., ::2] if x.dim() == 2 else x for x in tensors]  # strided
+    hidden, weight, *bias = (x.to(DEVICE).requires_grad_() for x in tensors)
+    teacher = torch.randn(9, 600, generator=generator, dtype=torch.float64).to(DEVICE)
+    logits = 0.5 * hidden @ weight.T + (bias[0] if biased else 0)
+    losses = [kd_loss(s, teacher) for s in (LMHead(hidden, weight, *bias, scale=0.5), logits)]
+    ours, expected = (torch.autograd.grad(x, [hidden, weight, *bias]) for x in losses)
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("V", [32_000, 151_936, 262_144])
 def test_chunks_keep_to_the_workspace(V):
     """As many rows as fit, in even chunks; a budget below one row is refused."""

@@ -12,7 +12,15 @@ setup(
     python_requires=">=3.10",
     # kernels/ stays on top of the repository and is imported as fastkd.kernels (fastkd/kernels is a
     # link to it): the import name `kernels` belongs to another package.
-    packages=["fastkd", "fastkd.demo", "fastkd.kernels"],
+    packages=[
+        "fastkd",
+        "fastkd.backends",
+        "fastkd.demo",
+        "fastkd.integrations",
+        "fastkd.kernels",
+        "fastkd.recipes",
+        "fastkd.training",
+    ],
     package_dir={"fastkd.kernels": "kernels"},
     package_data={"fastkd": ["py.typed"], "fastkd.demo": ["teacher/*"]},
     install_requires=["torch>=2.6"],

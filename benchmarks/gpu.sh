@@ -24,9 +24,9 @@ bench() {
 }
 
 status=0
-until_second 70 python3 -m pytest -q -x -m gpu tests/test_gpu.py -k "every_plan or waiting" 2>&1 | tee "$out/gpu-first.log" || status=1
-until_second 230 python3 -m pytest -q -m "" $parallel tests/test_gpu.py tests/test_loss.py tests/test_api.py \
-  tests/test_sources.py tests/test_rows.py tests/test_topk_rows.py tests/test_hidden.py 2>&1 | tee "$out/gpu-tests.log" || status=1
+until_second 70 python3 -m pytest -q -x -m gpu tests/loss/test_gpu.py -k "every_plan or waiting" 2>&1 | tee "$out/gpu-first.log" || status=1
+until_second 230 python3 -m pytest -q -m "" $parallel tests/loss/test_gpu.py tests/loss/test_loss.py tests/loss/test_api.py \
+  tests/loss/test_sources.py tests/loss/test_rows.py tests/loss/test_topk_rows.py tests/loss/test_hidden.py 2>&1 | tee "$out/gpu-tests.log" || status=1
 bench 345 loss || status=1
 bench 475 head || status=1
 bench 520 topk || status=1

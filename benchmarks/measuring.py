@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastkd import buffers, reference
+from fastkd import reference
+from fastkd.backends import buffers
 from fastkd.divergences import Divergence
 
 GPU = torch.cuda.is_available()

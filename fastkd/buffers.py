@@ -1,61 +1,7 @@
-"""Memory for large tensors on the CPU, kept from one call to the next.
+"""Another name of `fastkd.backends.buffers`."""
 
-The C library returns large blocks to the system, and the first touch of new pages costs a good part
-of the time. Blocks that no tensor uses any more are used again by the next
-call that fits; one that fits none frees them all, so that no more is kept than one step needs.
-`release()` frees them too.
-"""
-
-from __future__ import annotations
-
-import math
-import mmap
 import sys
-import threading
 
-import torch
+from fastkd.backends import buffers
 
-SMALLEST = 2**20  # bytes; below, the C library does the same
-_blocks: list[mmap.mmap] = []
-_lock = threading.Lock()
-
-
-def empty(
-    shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """`torch.empty` of the type (or `dtype`) and on the device of `like`."""
-    dtype = dtype or like.dtype
-    count = math.prod(shape)
-    size = count * dtype.itemsize
-    if not _KEEPS or like.device.type != "cpu" or size < SMALLEST:
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    with _lock:
-        fitting = [block for block in _free() if size <= len(block) <= 2 * size]
-        if not fitting:
-            release()
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            fitting = [mmap.mmap(-1, size, flags=flags)]
-            fitting[0].madvise(mmap.MADV_HUGEPAGE)  # advice only
-            _blocks.extend(fitting)
-        # The tensor's storage holds a reference to the block for as long as it lives.
-        return torch.frombuffer(min(fitting, key=len), dtype=dtype, count=count).view(shape)
-
-
-def release() -> None:
-    """Give the memory that no tensor uses back to the system."""
-    unused = {id(block) for block in _free()}
-    _blocks[:] = [block for block in _blocks if id(block) not in unused]
-
-
-def _references(blocks: list) -> list[int]:
-    return [sys.getrefcount(block) for block in blocks]
-
-
-# Of a block that only its list refers to, counted in the same way: Pythons differ.
-_UNUSED = _references([object()])[0]
-_KEEPS = sys.platform == "linux" and getattr(sys, "_is_gil_enabled", lambda: True)()
-
-
-def _free() -> list[mmap.mmap]:
-    counts = _references(_blocks)
-    return [block for block, n in zip(_blocks, counts, strict=True) if n <= _UNUSED]
+sys.modules[__name__] = buffers

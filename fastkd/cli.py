@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import fastkd
 
 if TYPE_CHECKING:
-    from fastkd.config import DistillConfig
+    from fastkd.training.config import DistillConfig
 
 NEEDED = ("accelerate", "datasets", "tqdm", "transformers", "yaml")
 USAGE = """\
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastkd: error: {needs}", file=sys.stderr)
         return 2
 
-    from fastkd.config import InputError
+    from fastkd.training.config import InputError
 
     try:
         if not argv[1:]:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             config = parse(argv[1:])
             config.check()
-            from fastkd.train import distill
+            from fastkd.training.train import distill
 
             distill(config)
     except InputError as error:
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> DistillConfig:
     """
     from transformers import HfArgumentParser
 
-    from fastkd.config import DistillConfig, InputError, flags_from_yaml
+    from fastkd.training.config import DistillConfig, InputError, flags_from_yaml
 
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")

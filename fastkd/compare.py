@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import divergences, eager, eager_topk, shards
+from fastkd import divergences, shards
+from fastkd.backends import eager, eager_topk
 from fastkd.sources import Ensemble, LMHead, TopK, unpack
 
 WORKSPACE_BYTES = 512 * 2**20
@@ -212,8 +213,8 @@ def _backend(device: torch.device, dtype: torch.dtype):
         from fastkd.kernels.dense import dense
         from fastkd.kernels.topk import topk
     else:
-        from fastkd.eager import dense
-        from fastkd.eager_topk import topk
+        from fastkd.backends.eager import dense
+        from fastkd.backends.eager_topk import topk
     return dense, topk
 
 

@@ -560,7 +560,7 @@ def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
     if compare.uses_triton(grad.device, grad.dtype):
         from fastkd.kernels.dense import scale_
     else:
-        from fastkd.eager import scale_
+        from fastkd.backends.eager import scale_
     scale_(grad if grad.dim() == 2 else grad[None], upstream)
     return grad
 

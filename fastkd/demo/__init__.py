@@ -1,9 +1,9 @@
 """`fastkd distill` without arguments: what is a teacher worth to a small student?
 
-Two equal students find out: fresh Llamas of a million parameters, trained by `fastkd.train.distill`
-on the same sequences from the same weights, one on cross-entropy alone, the other on the
-distributions of the small teacher that comes with the package. The text is the source code of
-Python's own standard library; the modules that all are scored on were never trained on.
+Two equal students find out: fresh Llamas of a million parameters, trained by `distill` on the same
+sequences from the same weights, one on cross-entropy alone, the other on the distributions of the
+small teacher that comes with the package. The text is the source code of Python's own standard
+library; the modules that all are scored on were never trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastkd.demo.corpus import stdlib_texts
 
 if TYPE_CHECKING:
-    from fastkd.train import Run
+    from fastkd.training.train import Run
 
 TEACHER = Path(__file__).parent / "teacher"
 STEPS, BATCH, LENGTH = 120, 8, 256
@@ -44,8 +44,8 @@ def run(output: str = "fastkd-demo", steps: int = STEPS) -> dict[str, Any]:
     """
     # The libraries read these when first imported; nothing here needs the network or a GPU.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    from fastkd.config import DistillConfig, InputError
-    from fastkd.train import distill
+    from fastkd.training.config import DistillConfig, InputError
+    from fastkd.training.train import distill
 
     if not (TEACHER / "model.safetensors").exists():
         raise InputError(f"this installation lacks the demonstration's teacher, {TEACHER}")
@@ -132,8 +132,8 @@ def _score(folders: dict[str, Path], settings: Any) -> dict[str, dict[str, Any]]
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastkd.data import Collator, encode, eval_batches, load_rows
-    from fastkd.evaluate import evaluate
+    from fastkd.training.data import Collator, encode, eval_batches, load_rows
+    from fastkd.training.evaluate import evaluate
 
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     rows = encode(load_rows(settings.eval_data), tokenizer, LENGTH)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.loss import kd_loss
-from fastkd.measure import peak_memory
+from fastkd.training.measure import peak_memory
 
 
 def main() -> None:

@@ -16,8 +16,12 @@ from accelerate.utils import DynamoBackend, set_seed
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from fastkd.config import DistillConfig, InputError
-from fastkd.data import (
+from fastkd.divergences import Divergence
+from fastkd.loss import KDParts, kd_loss
+from fastkd.recipes.lm import find_head, logits_of
+from fastkd.sources import LMHead
+from fastkd.training.config import DistillConfig, InputError
+from fastkd.training.data import (
     IGNORED,
     Collator,
     batches_per_epoch,
@@ -26,14 +30,11 @@ from fastkd.data import (
     load_rows,
     train_batches,
 )
-from fastkd.divergences import Divergence
-from fastkd.evaluate import evaluate
-from fastkd.loss import KDParts, kd_loss
-from fastkd.measure import peak_memory
-from fastkd.models import find_head, logits_of, open_student, open_teacher, open_tokenizer
-from fastkd.optim import make_optimizer, make_scheduler
-from fastkd.outputs import Log, checkpoint_to_resume, resume, save_checkpoint, save_model
-from fastkd.sources import LMHead
+from fastkd.training.evaluate import evaluate
+from fastkd.training.measure import peak_memory
+from fastkd.training.models import open_student, open_teacher, open_tokenizer
+from fastkd.training.optim import make_optimizer, make_scheduler
+from fastkd.training.outputs import Log, checkpoint_to_resume, resume, save_checkpoint, save_model
 
 # What the log calls the parts of the loss; an average over the target tokens of the steps.
 MEASURES = {

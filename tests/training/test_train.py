@@ -27,12 +27,13 @@ from transformers import (
 
 from fastkd import cli, demo
 from fastkd.cli import main, parse
-from fastkd.config import DistillConfig, InputError
-from fastkd.data import Collator, eval_batches
-from fastkd.evaluate import evaluate
-from fastkd.models import find_head, open_student, open_teacher
+from fastkd.recipes.lm import find_head
 from fastkd.sources import LMHead
-from fastkd.train import distill
+from fastkd.training.config import DistillConfig, InputError
+from fastkd.training.data import Collator, eval_batches
+from fastkd.training.evaluate import evaluate
+from fastkd.training.models import open_student, open_teacher
+from fastkd.training.train import distill
 
 WORDS = 60
 
@@ -165,8 +166,8 @@ def test_the_log_says_how_far_apart_the_models_are(settings):
 
 def test_no_tensor_of_all_logits_is_made(settings, monkeypatch):
     """In training and evaluation, of either model: by the head, or by other means for the loss."""
-    import fastkd.evaluate
-    import fastkd.train
+    import fastkd.training.evaluate
+    import fastkd.training.train
 
     positions, sides = [], []
     for name, open_model in (("open_student", open_student), ("open_teacher", open_teacher)):
@@ -176,8 +177,8 @@ def test_no_tensor_of_all_logits_is_made(settings, monkeypatch):
             model.lm_head.register_forward_hook(lambda *args: positions.append(args[2].shape[1]))
             return model
 
-        monkeypatch.setattr(fastkd.train, name, opened)
-    for module in (fastkd.train, fastkd.evaluate):
+        monkeypatch.setattr(fastkd.training.train, name, opened)
+    for module in (fastkd.training.train, fastkd.training.evaluate):
 
         def loss(s, t, *rest, compare=module.kd_loss, **kwargs):
             sides.extend([s, t])
@@ -254,7 +255,7 @@ def test_two_processes_make_the_steps_of_one(settings, tmp_path, tied):
     flags = [f"--{name}={value}" for name, value in settings.items() if name != "output"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [*launch, "-m", "fastkd.cli", "distill", *flags, f"--output={tmp_path / 'two'}"]
     subprocess.run(command, check=True, env=environment, cwd=root, capture_output=True, timeout=100)
     assert difference(tmp_path / "out", tmp_path / "two") < 1e-6
@@ -339,11 +340,11 @@ def test_the_teacher_is_frozen_and_left_as_it_was(settings):
 
 
 def test_the_teacher_of_a_run_gets_no_gradient(settings, monkeypatch):
-    import fastkd.train
+    import fastkd.training.train
 
     opened = []
     monkeypatch.setattr(
-        fastkd.train,
+        fastkd.training.train,
         "open_teacher",
         lambda config: opened.append(open_teacher(config)) or opened[0],
     )
@@ -467,12 +468,12 @@ def test_compiled_models_are_refused(settings, monkeypatch):
 
 @pytest.mark.parametrize("logits", ["auto", "whole"])
 def test_mixed_precision_keeps_logits_in_bf16(settings, monkeypatch, logits):
-    import fastkd.train
+    import fastkd.training.train
 
     seen = []
-    loss = fastkd.train.kd_loss
+    loss = fastkd.training.train.kd_loss
     monkeypatch.setattr(
-        fastkd.train,
+        fastkd.training.train,
         "kd_loss",
         lambda s, *rest, **kwargs: seen.append((type(s), s.dtype)) or loss(s, *rest, **kwargs),
     )

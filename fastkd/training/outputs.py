@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from fastkd.config import InputError
+from fastkd.training.config import InputError
 
 
 class Log:

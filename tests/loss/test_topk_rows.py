@@ -23,7 +23,7 @@ every_tail = pytest.mark.parametrize("tail", TAILS)
 @pytest.fixture(params=["eager", "triton"])
 def topk(request):
     if request.param == "eager":
-        from fastkd.eager_topk import topk
+        from fastkd.backends.eager_topk import topk
     else:
         from fastkd.kernels.topk import topk
     return topk
@@ -141,7 +141,7 @@ def assert_as_exact_as_torch(topk, x, divergence, tail, *, factor=2.0, rounding=
 @every_tail
 def test_gradient_is_the_derivative(divergence, tail):
     """Finite differences of the eager path's own values in float64: proves `plain`."""
-    from fastkd.eager_topk import topk
+    from fastkd.backends.eager_topk import topk
 
     if tail == "renormalize" and divergence.infinite_p:
         pytest.skip("+inf")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from fastkd.data import IGNORED
 from fastkd.loss import kd_loss
-from fastkd.models import Head, find_head, logits_of
+from fastkd.recipes.lm import Head, find_head, logits_of
+from fastkd.training.data import IGNORED
 
 
 @torch.no_grad()

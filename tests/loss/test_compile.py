@@ -14,6 +14,7 @@ import pytest
 def test_compiles_ahead_of_time(target):
     script = Path(__file__).with_name("aot.py")
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTKD_BACKEND")}
+    env["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), env.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]

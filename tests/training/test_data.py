@@ -8,8 +8,15 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastkd.config import InputError
-from fastkd.data import IGNORED, Collator, batches_per_epoch, encode, load_rows, train_batches
+from fastkd.training.config import InputError
+from fastkd.training.data import (
+    IGNORED,
+    Collator,
+    batches_per_epoch,
+    encode,
+    load_rows,
+    train_batches,
+)
 
 PLAIN = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"

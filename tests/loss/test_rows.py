@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, DIVERGENCES, every_divergence, logits
 
-from fastkd import JSD, TAID, ForwardKL, LogitMSE, Renyi, ReverseKL, eager, reference
+from fastkd import JSD, TAID, ForwardKL, LogitMSE, Renyi, ReverseKL, reference
+from fastkd.backends import eager
 
 INF = math.inf
 NAN = math.nan
@@ -20,7 +21,7 @@ def dense_of(backend):
     if backend == "triton":
         from fastkd.kernels.dense import dense
     else:
-        from fastkd.eager import dense
+        from fastkd.backends.eager import dense
     return dense
 
 

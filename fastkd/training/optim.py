@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from fastkd.config import DistillConfig, InputError, parse_pairs
+from fastkd.training.config import DistillConfig, InputError, parse_pairs
 
 
 def make_optimizer(config: DistillConfig, student: torch.nn.Module) -> torch.optim.Optimizer:

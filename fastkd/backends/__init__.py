@@ -1,0 +1,1 @@
+"""Where rows are compared: torch (eager), and what it needs."""

@@ -1,0 +1,1 @@
+"""fastkd in the trainers that people have, a file each."""

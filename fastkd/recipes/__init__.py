@@ -1,0 +1,1 @@
+"""What a distillation step is made of. Torch and transformers, nothing else."""

@@ -22,7 +22,6 @@ and so, up to a multiple of q, the slope -p²/q:
         ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
         return q * (ratio - 1) * (ratio - 1), -p * ratio
 
-
     @dataclass(frozen=True)
     class PearsonChi2(fastkd.Divergence):
         name = "pearson_chi2"
@@ -102,21 +101,21 @@ class Divergence:
     Attributes:
         name: what `kd_loss(divergence=…)` calls it.
         slope_sum: Σ slope where it is the same for all inputs: saves the kernel a pass over the
-        vocabulary.
+            vocabulary.
         kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t +
             mix_student z_s) / T, detached, and have gradient q - r; "logits": the kernel's own mean
             squared difference.
         infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes
-        log 0 = -10,000.
-        plain: (c, e) of a D = Σ f(p, q) with f homogeneous of degree 1, whose outcomes may be
-        pooled: over a part of the vocabulary the textbook sum is Σ (value + c (p - q)), and its
-        slope is slope + e q. None: D is no such sum, and takes no top-k teacher.
+            log 0 = -10,000. A 0-d bool tensor where it depends on a number that is one.
+        pooled_terms: (c, e) of a D = Σ f(p, q) with f homogeneous of degree 1, whose outcomes may
+            be pooled: over a part of the vocabulary the textbook sum is Σ (value + c (p - q)), and
+            its slope is slope + e q. None: D is no such sum, and takes no top-k teacher.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = "probabilities"
     slope_sum: ClassVar[float | None] = None
-    plain: ClassVar[tuple[float, float] | None] = None
+    pooled_terms: ClassVar[tuple[float, float] | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -139,6 +138,11 @@ class Divergence:
     def mixing(self) -> tuple[float, float]:
         """(mix_student, mix_teacher) of kind "mixed"."""
         return 0.0, 0.0
+
+    @property
+    def parts(self) -> tuple[tuple[float, Divergence], ...]:
+        """What D is a weighted sum of: (weight, divergence) each."""
+        return ((1.0, self),)
 
     @property
     def numbers(self) -> tuple[float, float]:
@@ -170,8 +174,13 @@ class Divergence:
         raise TypeError(f"{type(self).__name__} has no torch term")
 
     def triton_term(self):
-        """The `@triton.jit` function (log_p, log_q, p, q, a, b) -> (value, slope)."""
-        raise TypeError(f"{type(self).__name__} has no Triton term: use FASTKD_BACKEND=eager")
+        """The `@triton.jit` function (log_p, log_q, p, q, a, b) -> (value, slope), with log_r after
+        log_q and r after q for kind "mixed". Default: the one of this name in kernels/terms.py."""
+        from fastkd.kernels import terms  # triton is not needed before a kernel is
+
+        if not hasattr(terms, self.name):
+            raise TypeError(f"{type(self).__name__} has no Triton term: use FASTKD_BACKEND=eager")
+        return getattr(terms, self.name)
 
 
 _REGISTRY: dict[str, type[Divergence]] = {}
@@ -179,12 +188,6 @@ _REGISTRY: dict[str, type[Divergence]] = {}
 
 def _log_softmax(logits, temperature):
     return F.log_softmax(logits / temperature, -1)
-
-
-def _terms():
-    from fastkd.kernels import terms  # triton is not needed before a kernel is
-
-    return terms
 
 
 def _definition_of_kl(log_a, log_b):
@@ -205,16 +208,13 @@ class ForwardKL(Divergence):
     name = "forward_kl"
     slope_sum = -1.0
     infinite_q = True
-    plain = (1.0, 0.0)
+    pooled_terms = (1.0, 0.0)
 
     def formula(self, log_p, log_q):
         return _definition_of_kl(log_p, log_q)
 
     def term(self, log_p, log_q, p, q):
         return kl(p, q, log_q.sub_(log_p)), p.neg_()
-
-    def triton_term(self):
-        return _terms().forward_kl
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class ReverseKL(Divergence):
 
     name = "reverse_kl"
     infinite_p = True
-    plain = (-1.0, 1.0)
+    pooled_terms = (-1.0, 1.0)
 
     def formula(self, log_p, log_q):
         return _definition_of_kl(log_q, log_p)
@@ -231,9 +231,6 @@ class ReverseKL(Divergence):
     def term(self, log_p, log_q, p, q):
         d = log_p.sub_(log_q)
         return kl(q, p, d), d.mul_(q).neg_()
-
-    def triton_term(self):
-        return _terms().reverse_kl
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ class SkewForwardKL(Divergence):
         return self.teacher_weight == 0
 
     @property
-    def plain(self):
+    def pooled_terms(self):
         return 1 - self.teacher_weight, 0.0
 
     def formula(self, log_p, log_q):
@@ -264,9 +261,6 @@ class SkewForwardKL(Divergence):
             return kl(p, q, d), p.neg_()
         slope = torch.sigmoid(d + math.log((1 - w) / w)).mul_(p).neg_()  # (1 - w) q/m is a sigmoid
         return kl(p, p * w + q * (1 - w), log_mixture(d, w)[0]), slope
-
-    def triton_term(self):
-        return _terms().skew_forward_kl
 
 
 @dataclass(frozen=True)
@@ -285,7 +279,7 @@ class SkewReverseKL(Divergence):
         return self.teacher_weight == 1
 
     @property
-    def plain(self):
+    def pooled_terms(self):
         return -self.teacher_weight, 1.0
 
     def formula(self, log_p, log_q):
@@ -303,9 +297,6 @@ class SkewReverseKL(Divergence):
         slope = torch.sigmoid(d.add_(math.log((1 - w) / w))).add_(v)
         return kl(q, p * w + q * (1 - w), v), slope.mul_(q).neg_()
 
-    def triton_term(self):
-        return _terms().skew_reverse_kl
-
 
 @dataclass(frozen=True)
 class JSD(Divergence):
@@ -314,7 +305,7 @@ class JSD(Divergence):
 
     teacher_weight: float = 0.5
     name = "jsd"
-    plain = (0.0, 0.0)
+    pooled_terms = (0.0, 0.0)
 
     def __post_init__(self):
         _unit("JSD's teacher_weight", self.teacher_weight, low_open=True, high_open=True)
@@ -329,9 +320,6 @@ class JSD(Divergence):
         m = p * w + q * (1 - w)
         u, v = log_mixture(log_q.sub_(log_p), w)
         return w * kl(p, m, u) + (1 - w) * kl(q, m, v), v.mul_(q).mul_(w - 1)
-
-    def triton_term(self):
-        return _terms().jsd
 
 
 @dataclass(frozen=True)
@@ -353,7 +341,7 @@ class Jeffreys(Divergence):
         return self.forward_weight > 0
 
     @property
-    def plain(self):
+    def pooled_terms(self):
         return 2 * self.forward_weight - 1, 1 - self.forward_weight
 
     def formula(self, log_p, log_q):
@@ -366,9 +354,6 @@ class Jeffreys(Divergence):
         value = f * kl(p, q, d) + (1 - f) * kl(q, p, torch.neg(d, out=log_p))
         return value, d.mul_(q).mul_(1 - f).sub_(p, alpha=f)
 
-    def triton_term(self):
-        return _terms().jeffreys
-
 
 @dataclass(frozen=True)
 class TVD(Divergence):
@@ -376,7 +361,7 @@ class TVD(Divergence):
     distillation (2023)."""
 
     name = "tvd"
-    plain = (0.0, 0.0)
+    pooled_terms = (0.0, 0.0)
 
     def compensation(self, temperature):
         return temperature
@@ -396,16 +381,13 @@ class TVD(Divergence):
             value[rows] = near.sum(-1) / 2
         return value, difference.sign_().mul_(q).mul_(0.5)
 
-    def triton_term(self):
-        return _terms().tvd
-
 
 @dataclass(frozen=True)
 class Hellinger(Divergence):
     """Squared Hellinger distance 1 - Σ√(pq) = ½ Σ(√p - √q)². Hellinger (1909)."""
 
     name = "hellinger"
-    plain = (0.0, 0.5)  # of ½ Σ(√p - √q)²
+    pooled_terms = (0.0, 0.5)  # of ½ Σ(√p - √q)²
 
     def formula(self, log_p, log_q):
         return 1 - ((log_p + log_q) / 2).exp().sum(-1)
@@ -421,9 +403,6 @@ class Hellinger(Divergence):
             far = (p[rows] + q[rows]) / 2 - root[rows]
             value[rows] = torch.where(half[rows].abs() < 0.5, near, far).sum(-1)
         return value, root.mul_(-0.5)
-
-    def triton_term(self):
-        return _terms().hellinger
 
 
 @dataclass(frozen=True)
@@ -459,9 +438,6 @@ class Renyi(Divergence):
         a = self.order
         value = kl(r, q, log_q.sub_(log_r)) + a / (1 - a) * kl(r, p, log_p.sub_(log_r))
         return value, r.neg_()
-
-    def triton_term(self):
-        return _terms().renyi
 
 
 @dataclass(frozen=True)
@@ -515,9 +491,6 @@ class AlphaBeta(Divergence):
             value[rows] = torch.where(small, near, far[rows]).sum(-1).clamp(min=0)
         return value, q_s.sub_(cross).div_(a)
 
-    def triton_term(self):
-        return _terms().alpha_beta
-
 
 def _power(log_x):
     limit = 100 if log_x.dtype == torch.float32 else 900  # negative exponents overflow
@@ -561,9 +534,6 @@ class TAID(Divergence):
     def term(self, log_p, log_q, log_r, p, q, r):
         return kl(r, q, log_q.sub_(log_r)), r.neg_()
 
-    def triton_term(self):
-        return _terms().taid
-
 
 @dataclass(frozen=True)
 class LogitMSE(Divergence):
@@ -586,9 +556,6 @@ class LogitMSE(Divergence):
         if self.centered:
             difference = difference - difference.mean(-1, keepdim=True)
         return difference.square().mean(-1)
-
-    def triton_term(self):
-        return None  # the kernel computes this kind itself
 
 
 def get(divergence: str | Divergence) -> Divergence:

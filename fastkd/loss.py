@@ -351,7 +351,7 @@ def _check_sources(s: Source, t: Source, d: Divergence, temperature: float) -> N
 
 
 def _check_topk(t: TopK, d: Divergence, temperature: float) -> None:
-    if d.plain is None:
+    if d.pooled_terms is None:
         raise ValueError(
             f"{d} is no sum over outcomes that may be pooled, as a top-k teacher's tail is"
         )

@@ -122,3 +122,11 @@ def renyi(log_p, log_q, log_r, p, q, r, order, b):
 @triton.jit
 def taid(log_p, log_q, log_r, p, q, r, a, b):
     return kl(r, q, log_q - log_r), -r
+
+
+# Differences of the logits themselves: d, and the share 1/n that an entry has in the mean.
+
+
+@triton.jit
+def logit_mse(d, share):
+    return share * d * d, 2.0 * share * d

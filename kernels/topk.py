@@ -329,7 +329,7 @@ def topk(
     ids, order = ids.masked_fill(absent, ABSENT.value).int().sort(-1)
     logprobs = logprobs.float().gather(-1, order)
     ce = "none" if not cross_entropy else "shared" if (temperature, n) == (1, V) else "own"
-    plain_value, plain_slope = divergence.plain
+    plain_value, plain_slope = divergence.pooled_terms
     a, b = divergence.numbers
     on_cuda = device.type == "cuda" and not torch.version.hip
     options = {"maxnreg": MAX_REGISTERS} if on_cuda else {}

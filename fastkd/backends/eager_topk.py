@@ -269,8 +269,8 @@ def _outcomes(
     excess = p.sum(-1) - q.sum(-1)
     value, slope = divergence.term(log_p, log_q, p, q)
     if tail == "truncate":
-        value = value + divergence.plain[0] * excess
-        slope = slope + divergence.plain[1] * q
+        value = value + divergence.pooled_terms[0] * excess
+        slope = slope + divergence.pooled_terms[1] * q
     values[0] = value.masked_fill(infinite, math.inf)
     return every_q, slope.sub_(every_q * slope.sum(-1, keepdim=True)), maximum, log_total
 

@@ -137,7 +137,7 @@ def compile_topk(
 
 def topk_variants(target):
     for divergence in DIVERGENCES:
-        if divergence.plain is not None:
+        if divergence.pooled_terms is not None:
             yield compile_topk(target, divergence, "bucket", "own", 64)
     for tail in ("bucket", "renormalize", "truncate"):
         yield compile_topk(target, ForwardKL(), tail, "shared", 100)

@@ -93,7 +93,7 @@ def test_every_pair_of_sources_gives_the_same(divergence, kind):
         expected = run(reference.kd_loss, student, z, LABELS, **options)
         for name, teacher in sources.items():
             pooled = isinstance(teacher, TopK)
-            if pooled and divergence.plain is None:
+            if pooled and divergence.pooled_terms is None:
                 continue
             if name == "renormalize" and divergence.infinite_p:
                 continue
@@ -664,7 +664,7 @@ def test_bad_ids():
 
 
 def test_every_divergence_says_whether_it_may_be_pooled():
-    pooled = {d.name for d in DIVERGENCES if d.plain is not None}
+    pooled = {d.name for d in DIVERGENCES if d.pooled_terms is not None}
     assert pooled == {
         "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "jeffreys", "tvd",
         "hellinger",

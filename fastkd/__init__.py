@@ -1,6 +1,7 @@
 """fastkd: knowledge-distillation losses over huge vocabularies, fused and chunked, without
 probability tensors."""
 
+from fastkd.backends import buffers, eager, eager_topk  # noqa: F401 - fastkd.buffers, …
 from fastkd.divergences import (
     JSD,
     TAID,

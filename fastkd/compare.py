@@ -9,15 +9,18 @@ device.
 
 from __future__ import annotations
 
-import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastkd import divergences, shards
-from fastkd.backends import eager, eager_topk
-from fastkd.sources import Ensemble, LMHead, TopK, unpack
+from fastkd import shards
+from fastkd.backends.backend import EAGER, Backend, backend
+from fastkd.backends.softmax import BUFFERS, block_rows
+from fastkd.divergences import Divergence
+from fastkd.packing import Packed, Parcel, replace_tensors, unpack
+from fastkd.rows import MEASURES, Ask, Rows
+from fastkd.sources import Reader, Source
 
 WORKSPACE_BYTES = 512 * 2**20
 # Rows from which a matrix product is bound by arithmetic, not by reading its weights: more of them
@@ -26,159 +29,175 @@ ENOUGH_ROWS = {"cpu": 128}
 ENOUGH_ROWS_ON_GPU = 4096
 ENOUGH_BYTES = 2**25  # of a chunk's logits: fewer, of a small vocabulary, are not worth more chunks
 
-# What is computed for each row.
-ROWS = (
-    "divergence", "cross_entropy", "teacher_entropy", "student_entropy", "agreement",
-    "teacher_mass",
-)  # fmt: skip
 
+@dataclass(frozen=True, eq=False)
+class Call(Packed):
+    """What `kd_loss` was asked, but for labels, weights and alpha. It goes through the operator
+    packed; the student's tensors come first."""
 
-class Settings(NamedTuple):
-    """How rows are compared, in types that an operator takes."""
-
-    student: list[float]  # how to unpack the sources
-    teacher: list[float]
-    divergence: str
-    numbers: list[float]
-    temperature: float
-    n: int  # entries that the divergence sees, of this shard
-    kd_scale: float  # factors of the two gradients
-    ce_scale: float
+    student: Source
+    teacher: Source | None  # None: the cross-entropy alone
+    divergence: Divergence
+    temperature: float | Tensor
+    vocab: str | int
     diagnostics: bool
+    learns: bool  # whether the divergence has a part in the gradient
     workspace_bytes: int
+    autocast: str  # the type that the caller's autocast has, or ""
     group: str  # of vocabulary shards, or ""
+    sizes: Tensor | None  # of all ranks' shards (`shards.sizes`), where something depends on them
 
 
 def compare(
-    student: list[Tensor],
-    teacher: list[Tensor],
+    parcel: Parcel,
     labels: Tensor | None,
-    weight: Tensor,
-    settings: Settings,
+    factors: Tensor,
     wants: list[bool],
     inplace: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compare T rows.
 
     Args:
-        student, teacher: the tensors of the packed sources.
+        parcel: a packed `Call`.
         labels: (T,) for the cross-entropy, or None without.
-        weight: (T,) of the rows in the gradient; where it is 0 a row counts nowhere.
+        factors: (3, T): each row's weight, and its factors in the gradients of divergence and
+            cross-entropy. Where the weight is 0 a row counts nowhere.
         wants: which of the student's tensors get a gradient.
         inplace: dense logits may be overwritten by it.
 
     Returns:
-        (F, T) numbers named by `ROWS` (2 of them without diagnostics), and the gradients, flattened
-        to rows; empty tensors for those not wanted.
+        (F, T) numbers named by `MEASURES` (2 of them without diagnostics), and the gradients, of
+        the tensors' shapes; empty tensors for those not wanted.
     """
+    # `_Loss` differentiates, not the operator.
+    parcel = parcel._replace(tensors=[x.detach() for x in parcel.tensors])
     if inplace and any(wants):
-        result = _compare(student, teacher, labels, weight, settings, wants, True)
-        torch.autograd.graph.increment_version(student[0])
+        result = _compare(parcel, labels, factors, wants, True)
+        torch.autograd.graph.increment_version(parcel.tensors[0])
         return result
-    return torch.ops.fastkd.compare(student, teacher, labels, weight, *settings, wants)
+    return _operator(*parcel, labels, factors, wants)
 
 
 @torch.library.custom_op("fastkd::compare", mutates_args=())
 def _operator(
-    student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, weight: Tensor,
-    student_spec: list[float], teacher_spec: list[float], divergence: str, numbers: list[float],
-    temperature: float, n: int, kd_scale: float, ce_scale: float, diagnostics: bool,
-    workspace_bytes: int, group: str, wants: list[bool],
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    spec: str,
+    numbers: list[float],
+    tensors: list[Tensor],
+    labels: Tensor | None,
+    factors: Tensor,
+    wants: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
     """One opaque node for torch.compile."""
-    settings = Settings(
-        student_spec, teacher_spec, divergence, numbers, temperature, n, kd_scale, ce_scale,
-        diagnostics, workspace_bytes, group,
-    )  # fmt: skip
-    return _compare(student, teacher, labels, weight, settings, wants)
+    return _compare(Parcel(spec, numbers, tensors), labels, factors, wants)
 
 
 @_operator.register_fake
-def _(
-    student, teacher, labels, weight, student_spec, teacher_spec, divergence, numbers, temperature,
-    n, kd_scale, ce_scale, diagnostics, workspace_bytes, group, wants,
-):  # fmt: skip
-    T = weight.shape[0]
-    # Logits and hidden states come flattened to rows, LMHead's weight and bias as they are.
-    shapes = [(T, x.shape[-1]) if i == 0 else x.shape for i, x in enumerate(student)]
+def _(spec, numbers, tensors, labels, factors, wants):
+    count = len(MEASURES) if unpack(Parcel(spec, numbers, tensors)).diagnostics else 2
     grads = [
-        x.new_empty(shape if wanted else 0)
-        for x, shape, wanted in zip(student, shapes, wants, strict=True)
+        x.new_empty(x.shape if wanted else 0) for x, wanted in zip(tensors, wants, strict=False)
     ]
-    return weight.new_empty((_count(diagnostics, teacher_spec), T)), grads
-
-
-def _count(diagnostics: bool, teacher_spec: list[float]) -> int:
-    return 2 if not diagnostics else 6 if teacher_spec[0] == TopK.code else 5
+    return factors.new_empty((count, factors.shape[1])), grads
 
 
 @torch.no_grad()
-def _compare(student, teacher, labels, weight, settings, wants, inplace=False):
-    s, t = (
-        unpack(iter(spec), iter([x.detach() for x in tensors]))
-        for spec, tensors in ((settings.student, student), (settings.teacher, teacher))
-    )
-    divergence = divergences.unpack(settings.divergence, settings.numbers)
-    gather = shards.gather(settings.group) if settings.group else None
-    dense, topk = _backend(s.device, s.logits_dtype)
-    in_blocks = not uses_triton(s.device, s.logits_dtype)
-    if gather and isinstance(t, TopK):  # no kernel
-        topk, in_blocks = eager_topk.topk, True
-    V, n, T = s.entries, settings.n, weight.numel()
-    options = dict(
-        temperature=settings.temperature, n=n, kd_scale=settings.kd_scale,
-        ce_scale=settings.ce_scale, cross_entropy=labels is not None,
-        diagnostics=settings.diagnostics,
-    )  # fmt: skip
-
-    with torch.autocast(s.device.type, enabled=False):
-        s.start(wants, inplace)
-        # Of a shard that a cut leaves nothing, too: the ranks must agree that there is a need.
-        needed = s.row_bytes(V) + (0 if isinstance(t, TopK) else t.row_bytes(max(n, 1)))
-        widest = V
-        if needed and gather:  # the ranks must agree
-            largest = gather(torch.tensor([needed, V], device=s.device)).amax(0)
-            needed, widest = largest.tolist()
-        block = eager.block_rows(widest, s.device) if in_blocks else 0
-        size = chunk_rows(
-            T, needed, settings.workspace_bytes, s.device.type, block, 4 * eager.BUFFERS * widest
-        )
-        s.prepare(size, V)
-        t.prepare(size, n)
-        if gather and isinstance(t, (TopK, Ensemble)):
-            t.shard(gather, shards.before(shards.sizes(V, settings.group, weight), settings.group))
-        if isinstance(t, TopK):
-            slack = max(2.0**-20, 8 * torch.finfo(t.dtype).eps)
-            N = shards.sizes(n, settings.group, weight).sum() if gather else n
-            t.cut(N)
-            if gather:
-                options.update(gather=gather, first=t.first, N=N)
-        rows = weight.new_zeros((_count(settings.diagnostics, settings.teacher), T))
-        for low in range(0, T, size):
-            high = min(low + size, T)
-            part = slice(low, high)
-            w, y = weight[part], None if labels is None else labels[part]
-            if size < T and s.device.type == "cpu" and not w.any():
-                s.skip(low, high)
-                continue
-            logits = s.logits(low, high, V, 1.0)
-            grad = s.grad_of(logits, low, high)
-            if isinstance(t, TopK):
-                rows[:, part] = topk(
-                    logits, t.ids[part], t.logprobs[part], y, w, divergence, grad=grad,
-                    tail=t.tail, teacher_temperature=t.temperature, slack=slack, **options,
-                )  # fmt: skip
-            else:
-                target = t.logits(low, high, n, settings.temperature)
-                rows[:, part] = dense(
-                    logits, target, y, w, divergence, grad=grad, gather=gather, **options
-                )
-            if grad is not None:
-                s.take(grad, low, high, w != 0)
+def _compare(parcel, labels, factors, wants, inplace=False):
+    call: Call = unpack(parcel)
+    student, device = call.student, call.student.device
+    with _autocast(device, call.autocast):
+        serves = backend(device, student.dtype)
+        if call.teacher is not None and call.teacher.sparse and call.group:
+            serves = EAGER  # no kernel
+        ask = _ask(call, serves)
+        s = student.student(ask, wants, inplace)
+        t = None if call.teacher is None else call.teacher.reader(ask)
+    with torch.autocast(device.type, enabled=False):
+        measures = _walk(call, serves, s, t, labels, factors)
         grads = s.finish()
-        if gather and isinstance(s, LMHead) and grads[0] is not None:
-            grads[0] = shards.total(grads[0], settings.group)  # each shard knows its own part
-    return rows, [x.new_empty(0) if g is None else g for x, g in zip(student, grads, strict=False)]
+    return measures, [
+        x.new_empty(0) if grad is None else grad.view(x.shape)
+        for grad, x in zip(grads, parcel.tensors, strict=False)
+    ]
+
+
+def _autocast(device: torch.device, dtype: str) -> torch.autocast:
+    if not dtype:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
+def _ask(call: Call, serves: Backend) -> Ask:
+    """What the readers and the row functions are asked."""
+    V = call.student.entries
+    smaller = V
+    if call.teacher is not None and call.teacher.entries is not None:
+        smaller = min(V, call.teacher.entries)
+    n = {"strict": V, "shared": smaller}.get(call.vocab, call.vocab)
+    shard = None
+    if call.group:
+        sizes = call.sizes
+        if sizes is None:  # nothing depends on them
+            sizes = torch.empty((0, 2), dtype=torch.int64)
+        shard, cut = shards.shard(call.group, sizes, call.vocab)
+        n = n if cut is None else cut
+    # Numbers that the host has already cost no sync.
+    divergence, temperature = replace_tensors(
+        (call.divergence, call.temperature), lambda x: x if x.device.type != "cpu" else float(x)
+    )
+    return Ask(divergence, temperature, n, call.diagnostics, call.learns, shard)
+
+
+def _walk(
+    call: Call,
+    serves: Backend,
+    s: Reader,
+    t: Reader | None,
+    labels: Tensor | None,
+    factors: Tensor,
+) -> Tensor:
+    """The measures of all rows, chunk by chunk; the student takes its gradient."""
+    T, ask, counts = factors.shape[1], s.ask, factors[0] != 0
+    sparse = t is not None and call.teacher.sparse
+    on_cpu = factors.device.type == "cpu"
+    size = _chunk_rows(call, serves, s, t, T)
+    for reader in (s, t):
+        if reader is not None:
+            reader.prepare(size)
+    if labels is not None and ask.shard is not None:
+        labels = labels - ask.shard.first  # this shard's own numbering
+    measures = factors.new_zeros((len(MEASURES) if call.diagnostics else 2, T))
+    for low in range(0, T, size):
+        high = min(low + size, T)
+        part = slice(low, high)
+        if size < T and on_cpu and not counts[part].any():
+            s.skip(low, high)
+            continue
+        logits = s.logits(low, high)
+        grad = s.grad_of(logits, low, high)
+        teacher = None if t is None else t.chunk(low, high)
+        y = None if labels is None else labels[part]
+        rows = Rows(logits, teacher, y, factors[:, part], grad)
+        found = serves.topk(rows, ask) if sparse else serves.dense(rows, ask)
+        measures[: len(found), part] = found
+        if grad is not None:
+            s.take(grad, low, high, counts[part])
+    return measures
+
+
+def _chunk_rows(call: Call, serves: Backend, s: Reader, t: Reader | None, T: int) -> int:
+    sparse = t is not None and call.teacher.sparse
+
+    def needed(V: int, n: int) -> int:
+        return s.row_bytes(V) + (0 if t is None or sparse else t.row_bytes(n))
+
+    widest = call.student.entries, s.ask.n
+    if call.sizes is not None and needed(1, 1):
+        widest = shards.widest(call.sizes)  # the ranks must agree
+    V = widest[0]
+    block = block_rows(V, call.student.device) if serves.in_blocks else 0
+    return chunk_rows(
+        T, needed(*widest), call.workspace_bytes, call.student.device.type, block, 4 * BUFFERS * V
+    )
 
 
 def chunk_rows(
@@ -205,42 +224,3 @@ def chunk_rows(
     rows = min(rows, enough, T)
     even = -(-T // -(-T // rows))
     return min(rows, -(-even // 64) * 64)
-
-
-def _backend(device: torch.device, dtype: torch.dtype):
-    """(dense, topk) of the backend that serves these logits."""
-    if uses_triton(device, dtype):
-        from fastkd.kernels.dense import dense
-        from fastkd.kernels.topk import topk
-    else:
-        from fastkd.backends.eager import dense
-        from fastkd.backends.eager_topk import topk
-    return dense, topk
-
-
-def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """FASTKD_BACKEND: "auto" (Triton on GPUs), "triton" or "eager"."""
-    choice = os.environ.get("FASTKD_BACKEND", "auto")
-    if choice == "eager" or (
-        choice == "auto" and (device.type not in ("cuda", "xpu") or dtype == torch.float64)
-    ):
-        return False
-    if choice not in ("auto", "triton"):
-        raise ValueError(f"FASTKD_BACKEND must be auto, triton or eager, got {choice!r}")
-    if dtype == torch.float64:
-        raise ValueError(
-            "the Triton kernels compute in fp32, the logits are float64:"
-            " use FASTKD_BACKEND=auto or eager"
-        )
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "FASTKD_BACKEND=triton on CPU tensors needs TRITON_INTERPRET=1,"
-            " set before the first import"
-        )
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        if choice == "triton":
-            raise
-        return False
-    return True

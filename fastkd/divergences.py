@@ -42,17 +42,20 @@ Then `fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")`.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-LOG_FLOOR = -1e4  # stands for log 0, so that 0 · log 0 = 0 and differences stay finite
+from fastkd.checks import check_number, require
+from fastkd.packing import Packed
+
 CANCELS = 1e-2  # a divergence below this is summed again, from terms that are not negative
 
 
-def kl(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+def kl(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """KL(p‖q) along the last dimension, with d = log(q/p).
 
     Σ (q - p - p d) has an error of about 1e-7: all one needs of a large divergence. A small one is
@@ -76,7 +79,7 @@ def _kl_without_cancellation(p, q, d):
     return near.sum(-1).clamp(min=0)
 
 
-def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:
+def log_mixture(d: Tensor, w: float) -> tuple[Tensor, Tensor]:
     """log(m/p) and log(m/q) of m = w p + (1 - w) q, 0 < w < 1, with d = log(q/p).
 
     Through the odds x = log((1 - w) q / (w p)): finite when both probabilities underflow, and
@@ -87,24 +90,27 @@ def log_mixture(d: torch.Tensor, w: float) -> tuple[torch.Tensor, torch.Tensor]:
     return softplus + math.log(w), softplus.sub_(x).add_(math.log1p(-w))
 
 
-def _unit(name: str, value: float, low_open: bool, high_open: bool) -> None:
-    inside = (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
-    if not inside:
-        interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
-        raise ValueError(f"{name} must be in {interval}, got {value}")
+def _unit(name: str, value: float | Tensor, low_open: bool, high_open: bool) -> None:
+    low, high = value > 0 if low_open else value >= 0, value < 1 if high_open else value <= 1
+    interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
+    require(low & high, f"{name} must be in {interval}, got {{}}", value)
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Packed):
     """Base of all divergences.
+
+    A number may be a 0-d tensor, which a schedule fills anew at every step: nothing waits for the
+    device, and torch.compile compiles once. `a * D1 + b * D2` with a, b > 0 is a divergence too.
 
     Attributes:
         name: what `kd_loss(divergence=…)` calls it.
         slope_sum: Σ slope where it is the same for all inputs: saves the kernel a pass over the
             vocabulary.
         kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t +
-            mix_student z_s) / T, detached, and have gradient q - r; "logits": the kernel's own mean
-            squared difference.
+            mix_student z_s) / T, detached, and have gradient q - r; "logits": the terms get the
+            difference of the logits alone, less its mean times the first number, and the share that
+            an entry has in a mean.
         infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes
             log 0 = -10,000. A 0-d bool tensor where it depends on a number that is one.
         pooled_terms: (c, e) of a D = Σ f(p, q) with f homogeneous of degree 1, whose outcomes may
@@ -127,50 +133,71 @@ class Divergence:
             _REGISTRY[name] = cls
 
     @property
-    def infinite_p(self) -> bool:
+    def infinite_p(self) -> bool | Tensor:
         return False
 
     @property
-    def infinite_q(self) -> bool:
+    def infinite_q(self) -> bool | Tensor:
         return False
 
     @property
-    def mixing(self) -> tuple[float, float]:
+    def mixing(self) -> tuple[float | Tensor, float | Tensor]:
         """(mix_student, mix_teacher) of kind "mixed"."""
         return 0.0, 0.0
 
     @property
-    def parts(self) -> tuple[tuple[float, Divergence], ...]:
+    def parts(self) -> tuple[tuple[float | Tensor, Divergence], ...]:
         """What D is a weighted sum of: (weight, divergence) each."""
         return ((1.0, self),)
 
     @property
-    def numbers(self) -> tuple[float, float]:
+    def numbers(self) -> tuple[float | Tensor, float | Tensor]:
         """The two constants that the Triton term gets."""
-        if len(astuple(self)) > 2:
+        own = [getattr(self, field.name) for field in fields(self)]
+        if len(own) > 2:
             raise TypeError(
                 f"{type(self).__name__} has more than the two numbers a Triton term takes: override"
                 " `numbers`, or use FASTKD_BACKEND=eager"
             )
-        return (*map(float, astuple(self)), 0.0, 0.0)[:2]
+        return (*(x if isinstance(x, Tensor) else float(x) for x in own), 0.0, 0.0)[:2]
 
-    def compensation(self, temperature: float) -> float:
+    def compensation(self, temperature: float | Tensor) -> float | Tensor:
         """c(T), which keeps the gradient's size when the temperature changes."""
         return temperature**2
 
-    def formula(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    def compensated(self, temperature: float | Tensor) -> tuple[Divergence, float | Tensor]:
+        """The divergence and the factor that c(T) makes of it; parts of a sum have their own."""
+        return self, self.compensation(temperature)
+
+    def __rmul__(self, weight: float | Tensor) -> Sum:
+        return Sum(tuple(weight * w for w, _ in self.parts), tuple(d for _, d in self.parts))
+
+    __mul__ = __rmul__
+
+    def __add__(self, other: Divergence) -> Sum:
+        if not isinstance(other, Divergence):
+            return NotImplemented
+        weights, divergences = zip(*self.parts, *other.parts, strict=True)
+        return Sum(weights, divergences)
+
+    def __radd__(self, other: int) -> Divergence:
+        return self if other == 0 else NotImplemented  # of Python's `sum`
+
+    def formula(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The definition: (..., V) log-probabilities of teacher and student to (...) values."""
         raise TypeError(f"{type(self).__name__} has no formula")
 
-    def reference(
-        self, student: torch.Tensor, teacher: torch.Tensor, temperature: float
-    ) -> torch.Tensor:
+    def reference(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """The definition on logits, differentiable wrt the student's: (..., V) to (...)."""
         return self.formula(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
 
     def term(self, log_p, log_q, p, q):
         """(rows, V) tensors to the rows' values, as sums over V (the columns may be a shard of the
-        vocabulary), and the (rows, V) slopes. All but q may be overwritten."""
+        vocabulary), and the (rows, V) slopes.
+
+        All but q may be overwritten, and the slopes may be what was p. Kind "mixed" gets (log_p,
+        log_q, log_r, p, q, r), kind "logits" (difference, share).
+        """
         raise TypeError(f"{type(self).__name__} has no torch term")
 
     def triton_term(self):
@@ -416,11 +443,12 @@ class Renyi(Divergence):
     slope_sum = -1.0
 
     def __post_init__(self):
-        if not self.order > 0 or self.order == 1 or math.isinf(self.order):
-            raise ValueError(
-                "Renyi's order must be positive, finite and not 1 (forward KL is its limit),"
-                f" got {self.order}"
-            )
+        order = self.order
+        require(
+            (order > 0) & (order != 1) & (order < math.inf),
+            "Renyi's order must be positive, finite and not 1 (forward KL is its limit), got {}",
+            order,
+        )
 
     @property
     def infinite_q(self):
@@ -453,21 +481,22 @@ class AlphaBeta(Divergence):
     name = "alpha_beta"
 
     def __post_init__(self):
-        s = self.alpha + self.beta
-        if 0 in (self.alpha, self.beta, s) or not math.isfinite(s):
-            raise ValueError(
-                "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits"
-                " (1, 0) and (0, 1) are ForwardKL and ReverseKL),"
-                f" got alpha={self.alpha}, beta={self.beta}"
-            )
+        a, b = self.alpha, self.beta
+        finite = abs(a + b) < math.inf
+        require(
+            (a != 0) & (b != 0) & (a + b != 0) & finite,
+            "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits (1, 0)"
+            f" and (0, 1) are ForwardKL and ReverseKL), got alpha={a}, beta={b}",
+            a,
+        )
 
     @property
     def infinite_p(self):
-        return self.alpha < 0 or self.alpha + self.beta < 0
+        return (self.alpha < 0) | (self.alpha + self.beta < 0)
 
     @property
     def infinite_q(self):
-        return self.beta < 0 or self.alpha + self.beta < 0
+        return (self.beta < 0) | (self.alpha + self.beta < 0)
 
     def formula(self, log_p, log_q):
         a, b = self.alpha, self.beta
@@ -548,6 +577,10 @@ class LogitMSE(Divergence):
     kind = "logits"
     slope_sum = 0.0
 
+    def term(self, difference, share):
+        value = difference.square().sum(-1) * share
+        return value, difference.mul_(2 * share)
+
     def compensation(self, temperature):
         return 1.0
 
@@ -558,11 +591,97 @@ class LogitMSE(Divergence):
         return difference.square().mean(-1)
 
 
+@dataclass(frozen=True)
+class Sum(Divergence):
+    """Σ weight · divergence, each part with its own c(T): what `0.5 * ForwardKL() + 0.5 * TVD()`
+    makes. One pass; the same as the sum of a loss for each part, weighted.
+
+    `KDParts.divergence` is the sum without c(T) where all parts have the same, else with it. A sum
+    holds at most one divergence of mixed logits (TAID, Rényi).
+
+    Attributes:
+        weights: positive numbers, or 0-d tensors. divergences: as many.
+    """
+
+    weights: tuple[float | Tensor, ...]
+    divergences: tuple[Divergence, ...]
+
+    def __post_init__(self):
+        for weight in self.weights:
+            check_number("the weight of a divergence", weight)
+            require(
+                (weight > 0) & (weight < math.inf),
+                "the weight of a divergence must be positive and finite, got {}",
+                weight,
+            )
+        mixed = [d for d in self.divergences if d.kind == "mixed"]
+        if len(mixed) > 1:
+            raise ValueError(
+                "a sum holds at most one divergence of mixed logits, got"
+                f" {' and '.join(map(str, mixed))}"
+            )
+
+    def __str__(self):
+        return " + ".join(f"{w} * {d}" for w, d in self.parts)
+
+    @property
+    def parts(self):
+        return tuple(zip(self.weights, self.divergences, strict=True))
+
+    @property
+    def infinite_p(self):
+        return _any(d.infinite_p for d in self.divergences)
+
+    @property
+    def infinite_q(self):
+        return _any(d.infinite_q for d in self.divergences)
+
+    @property
+    def pooled_terms(self):
+        if any(d.pooled_terms is None for d in self.divergences):
+            return None
+        return tuple(sum(w * d.pooled_terms[i] for w, d in self.parts) for i in (0, 1))
+
+    def compensated(self, temperature):
+        factors = [d.compensation(temperature) for d in self.divergences]
+        if len({type(d).compensation for d in self.divergences}) == 1:
+            return self, factors[0]
+        weights = [w * c for w, c in zip(self.weights, factors, strict=True)]
+        return Sum(tuple(weights), self.divergences), 1.0
+
+    def reference(self, student, teacher, temperature):
+        return sum(w * d.reference(student, teacher, temperature) for w, d in self.parts)
+
+    def formula(self, log_p, log_q):
+        return sum(w * d.formula(log_p, log_q) for w, d in self.parts)
+
+    def term(self, log_p, log_q, p, q):
+        """Of parts that are neither mixed nor of logits."""
+        total, slopes = 0, 0
+        for w, d in self.parts:
+            value, slope = d.term(log_p.clone(), log_q.clone(), p.clone(), q)
+            total, slopes = total + w * value, slopes + w * slope
+        return total, slopes
+
+
+def _any(flags):
+    """Of bools, or of 0-d tensors where one is."""
+    total = False
+    for flag in flags:
+        total = total | flag
+    return total
+
+
 def get(divergence: str | Divergence) -> Divergence:
     """The divergence of that name with its default numbers, or the object itself."""
     if isinstance(divergence, Divergence):
-        if _REGISTRY.get(divergence.name) is not type(divergence):
-            raise TypeError(f"{type(divergence).__name__} needs a `name` of its own")
+        for _, part in divergence.parts:
+            if _REGISTRY.get(part.name) is not type(part):
+                raise TypeError(f"{type(part).__name__} needs a `name` of its own")
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, Tensor):
+                    check_number(f"{type(part).__name__}'s {field.name}", value)
         return divergence
     if not isinstance(divergence, str):
         raise TypeError(
@@ -577,13 +696,3 @@ def get(divergence: str | Divergence) -> Divergence:
     except TypeError as error:
         name = _REGISTRY[divergence].__name__
         raise ValueError(f"{divergence!r} needs numbers: pass an object, {name}(…)") from error
-
-
-def pack(divergence: Divergence) -> tuple[str, list[float]]:
-    """(name, numbers): how a divergence goes through a custom operator. `unpack` is the way
-    back."""
-    return divergence.name, [float(x) for x in astuple(divergence)]
-
-
-def unpack(name: str, numbers: list[float]) -> Divergence:
-    return _REGISTRY[name](*numbers)

@@ -2,31 +2,38 @@
 tensor.
 
 Top-down: the function and its module, the checks, the autograd function. What is compared comes
-from sources.py; compare.py walks over its rows.
+from sources/; compare.py walks over its rows.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd import compare, divergences, shards
-from fastkd.compare import WORKSPACE_BYTES, Settings
-from fastkd.divergences import Divergence
-from fastkd.sources import (
-    INTEGERS,
-    Dense,
-    Ensemble,
-    LMHead,
-    Source,
-    TopK,
-    as_source,
+from fastkd.backends import buffers
+from fastkd.backends.backend import backend
+from fastkd.checks import (
+    check_constant,
+    check_integers,
+    check_number,
+    require,
+    require_ids,
     shape_of,
 )
+from fastkd.compare import WORKSPACE_BYTES, Call
+from fastkd.divergences import Divergence
+from fastkd.packing import Parcel, pack, tensors_of
+from fastkd.rows import MEASURES
+from fastkd.sources import Dense, Source, as_source
+from fastkd.sources.source import leaves
 
 
 class KDParts(NamedTuple):
@@ -35,7 +42,8 @@ class KDParts(NamedTuple):
 
     Attributes:
         loss: as without `return_parts`.
-        divergence: D, without alpha and c(T).
+        divergence: D, without alpha and c(T) (a sum whose parts have different c(T): with it); None
+            without a teacher, as all that a teacher is needed for.
         cross_entropy: of the student with the labels; None without labels.
         n_tokens: how many positions count, 0-d int64.
         teacher_entropy, student_entropy: in nats, at the loss's temperature, over the entries that
@@ -45,7 +53,7 @@ class KDParts(NamedTuple):
     """
 
     loss: Tensor
-    divergence: Tensor
+    divergence: Tensor | None
     cross_entropy: Tensor | None
     n_tokens: Tensor
     teacher_entropy: Tensor | None = None
@@ -55,13 +63,13 @@ class KDParts(NamedTuple):
 
 
 def kd_loss(
-    student: Tensor | LMHead,
-    teacher: Tensor | LMHead | TopK | Ensemble,
+    student: Tensor | Source,
+    teacher: Tensor | Source | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
-    temperature: float = 1.0,
-    alpha: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
@@ -84,23 +92,27 @@ def kd_loss(
     the backward pass.
 
     Args:
-        student: (..., V) logits, fp32, bf16 or fp16 (arithmetic in fp32) or fp64; or an `LMHead`.
-            Differentiated.
-        teacher: logits of the same leading shape, of any of these types, an `LMHead`, a `TopK` or
-            an `Ensemble`; never differentiated.
+        student: (..., V) logits, fp32, bf16 or fp16 (arithmetic in fp32) or fp64; or an `LMHead`,
+            or another source (`fastkd.sources`). Differentiated.
+        teacher: logits of the same leading shape, of any of these types, an `LMHead`, a `TopK`, an
+            `Ensemble` or another source; never differentiated. None, with alpha = 0: the
+            cross-entropy alone.
         labels: (...) integers. Positions equal to `ignore_index` count nowhere.
         divergence: a name ("forward_kl", "reverse_kl", "jsd", …) or an object,
-            `SkewForwardKL(teacher_weight=0.1)`.
+            `SkewForwardKL(teacher_weight=0.1)` or `0.5 * ForwardKL() + 0.5 * TVD()`.
         temperature: T > 0; divides both sides' logits in the divergence, never in the
-            cross-entropy.
-        alpha: weight of the divergence, in [0, 1]; below 1 needs labels.
+            cross-entropy. A number, or a 0-d tensor.
+        alpha: weight of the divergence, in [0, 1]; below 1 needs labels. A number, or a tensor,
+            0-d or (...). The number 0 reads no teacher, unless `return_parts` asks for what only it
+            can tell.
         token_weight: (...) bool or float weights w, on top of `ignore_index`.
         reduction: "mean", "sum" of w l, or "none": w l for every position, (...).
         num_items: divides the sum instead of Σ w under "mean": the token count of the whole batch
             under gradient accumulation or data parallelism, an int or a 0-d tensor. Where gradients
             are averaged over processes (DDP, FSDP), multiply the loss by their number.
         shift: position i predicts label i + 1, as in Hugging Face's causal-LM tensors; no logits
-            are copied. `token_weight` is shifted along with the labels.
+            are copied. `token_weight`, and an `alpha` of this shape, are shifted along with the
+            labels.
         compensate: multiply value and gradient by c(T) = T² (T for TVD, 1 for LogitMSE).
         vocab: "strict": both vocabularies have one size; "shared": both are cut to the smaller; an
             int: to the first n entries. The cut is made before the softmax; the cross-entropy sees
@@ -126,8 +138,11 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: naming the shapes, dtypes or values received, before any work. Labels
-            or top-k ids out of range, and ids that repeat, raise ValueError on the CPU and a device
-            assertion on a GPU, without a sync.
+            or top-k ids out of range, ids that repeat, and tensors that hold what a number must not
+            be, raise ValueError on the CPU and a device assertion on a GPU, without a sync. What
+            stands in positions that count nowhere is not looked at.
+        RuntimeError: under `torch.func` transforms and forward-mode differentiation, and where the
+            gradient is differentiated: it is computed in closed form.
 
     Memory:
         Dense logits: one buffer of the student's shape and type, the gradient (none with `inplace`,
@@ -136,90 +151,145 @@ def kd_loss(
         its gradient in fp32, and under autocast the weights in its type. An fp16 student's
         gradient, and an `LMHead`'s under reduction "none", is computed in the backward pass, where
         the upstream factor (loss scaling) is known; the inputs of both sides are kept until then,
-        and the logits that are made here are made twice. On a CPU under Linux, large blocks are
-        kept for the next call (`fastkd.buffers`).
+        and the logits that are made here are made twice. On a CPU under Linux, up to 128 MiB are
+        kept for the next call after the backward pass (`fastkd.buffers`).
 
-    torch.compile takes the numbers (temperature, alpha, a divergence's own) as constants: a
-    schedule of them compiles again for each value.
+    torch.compile takes Python numbers (temperature, alpha, a divergence's own) as constants, and
+    compiles again for each value; a schedule is best a tensor that is filled anew.
     """
-    _check_settings(temperature, alpha, reduction, vocab, ignore_index, workspace_bytes)
+    _check_settings(
+        dict(
+            temperature=temperature,
+            alpha=alpha,
+            reduction=reduction,
+            vocab=vocab,
+            ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+    )
     d = divergences.get(divergence)
     for name, x in (("labels", labels), ("token_weight", token_weight)):
-        if type(x).__name__ == "DTensor":
+        if shards.is_dtensor(x):
             raise TypeError(f"{name} must be a plain tensor, the same on all ranks, got a DTensor")
     student, teacher, group = shards.from_dtensors(student, teacher, group)
     group = "" if group is None else shards.name_of(group)
-    s, t = as_source("student", student), as_source("teacher", teacher)
-    _check_sources(s, t, d, temperature)
-    _check_rows(s, labels, token_weight, alpha, num_items, reduction)
-    n = _check_vocabulary(s, t, vocab, group)
-    leading, V = s.leading, s.entries
-    if shift and not leading:
-        raise ValueError(f"shift needs (..., length, V) logits, got shape {s.shape}")
-    dtype = torch.float64 if s.dtype == torch.float64 else torch.float32
-
-    weight = (
-        torch.ones(leading, dtype=dtype, device=s.device)
-        if token_weight is None
-        else token_weight.to(dtype)
+    s = as_source("student", student)
+    t = None if teacher is None else as_source("teacher", teacher)
+    _check_transforms(s)
+    _check_student(s, shift)
+    _check_teacher(s, t, d, temperature, alpha)
+    _check_rows(s, labels, token_weight, alpha)
+    _check_num_items(num_items, reduction, s.device)
+    n = _check_vocabulary(s, t, vocab, sharded=bool(group))
+    # What has no part in loss and report is not read.
+    learns = isinstance(alpha, Tensor) or alpha > 0
+    t = t if learns or return_parts else None
+    wants_entropy = labels is not None and (
+        isinstance(alpha, Tensor) or alpha < 1 or return_parts or t is None
     )
+
+    leading, dtype = s.leading, torch.float64 if s.dtype == torch.float64 else torch.float32
+    per_position = isinstance(alpha, Tensor) and alpha.shape == leading != ()
+    if token_weight is None:
+        weight = torch.ones(leading, dtype=dtype, device=s.device)
+    else:
+        weight = token_weight.to(dtype)
     labels = None if labels is None else labels.long()
-    if shift and s.leading[-1]:
+    if shift and leading[-1]:
         weight = F.pad(weight[..., 1:], (0, 1))
         labels = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        alpha = F.pad(alpha[..., 1:], (0, 1)) if per_position else alpha
     if labels is not None:
-        ignored = labels == ignore_index
-        sizes = shards.sizes(V, group, labels) if group else None
-        _check_range("labels", labels, ignored, V if sizes is None else sizes.sum())
-        weight = weight.masked_fill(ignored, 0)
-        labels = labels.masked_fill(ignored, 0).reshape(-1)
-        if group:  # this shard's own numbering
-            labels = labels - shards.before(sizes, group)
-    weight = weight.reshape(-1).contiguous()
+        weight = weight.masked_fill(labels == ignore_index, 0)
+    counts = weight != 0
+    sizes = None
+    if group and _needs_sizes(s, t, labels, d, vocab):
+        sizes = shards.sizes(s.entries, n, group, weight)
+    if labels is not None:
+        size = s.entries if sizes is None else sizes[:, 0].sum()
+        require_ids("labels", labels, ~counts, size, "ignore_index")
+        labels = labels.masked_fill(~counts, 0).reshape(-1)
+    if t is not None:
+        if sizes is not None:
+            n = {"strict": sizes[:, 0].sum(), "shared": sizes[:, 1].sum()}.get(vocab, vocab)
+        t.check_rows(counts, n, vocab == "strict")
+    if isinstance(alpha, Tensor):
+        holds = (alpha >= 0) & (alpha <= 1)
+        holds = holds | ~counts if per_position else holds
+        require(holds, "alpha must be in [0, 1], got {}", alpha)
+        alpha = alpha.to(dtype)
+        alpha = alpha.masked_fill(~counts, 0).reshape(-1) if per_position else alpha
 
+    weight = weight.reshape(-1)
+    total = None
     if reduction == "mean":
         total = weight.sum() if num_items is None else num_items
-        coefficient = (
-            weight / torch.where(total == 0, 1, total)
-            if isinstance(total, Tensor)
-            else weight / (total or 1)
-        )
-    else:
-        coefficient = weight
-    c = d.compensation(temperature) if compensate else 1.0
-    wants_entropy = labels is not None and (alpha < 1 or return_parts)
-    student_spec, student_tensors = s.pack()
-    teacher_spec, teacher_tensors = t.pack()
-    settings = Settings(
-        student_spec, teacher_spec, *divergences.pack(d), float(temperature), n, float(alpha * c),
-        float(1 - alpha), return_parts, workspace_bytes or WORKSPACE_BYTES, group,
+    coefficient = weight
+    if isinstance(total, Tensor):
+        coefficient = weight / torch.where(total == 0, 1, total)
+    elif total is not None:
+        coefficient = weight / (total or 1)
+    d, c = d.compensated(temperature) if compensate else (d, 1.0)
+    factors = torch.stack((coefficient, coefficient * (alpha * c), coefficient * (1 - alpha)))
+    autocast = torch.is_autocast_enabled(s.device.type)
+    if t is None:
+        temperature, vocab = 1.0, "strict"
+    call = Call(
+        s, t, d, temperature, vocab, return_parts, learns, workspace_bytes or WORKSPACE_BYTES,
+        str(torch.get_autocast_dtype(s.device.type)).removeprefix("torch.") if autocast else "",
+        group, sizes,
     )  # fmt: skip
+    spec, numbers, tensors = pack(call)
+    # In the backward pass, where the upstream factors are known: fp16 would lose small gradients in
+    # a cast before, and a weight's gradient cannot be scaled row by row after.
+    in_backward = s.dtype == torch.float16 or (reduction == "none" and not s.row_by_row)
+    overwrites = inplace and isinstance(s, Dense) and s.logits.is_contiguous()
+    overwrites = overwrites and not torch.compiler.is_compiling()
+    overwrites = overwrites and not (s.logits.is_leaf and s.logits.requires_grad)
+    wants = [x.requires_grad and torch.is_grad_enabled() for x in tensors_of(s)]
+    how = _How(spec, numbers, wants, in_backward, reduction == "none", overwrites)
     loss, rows = _Loss.apply(
-        labels if wants_entropy else None, coefficient, settings,
-        [x.requires_grad and torch.is_grad_enabled() for x in student_tensors],
-        # In the backward pass, where the upstream factors are known: fp16 would lose small
-        # gradients in a cast before, and a weight's gradient cannot be scaled row by row after.
-        s.dtype == torch.float16 or (reduction == "none" and isinstance(s, LMHead)),
-        reduction == "none",
-        inplace and isinstance(s, Dense) and s.tensor.is_contiguous()
-        and not (s.tensor.is_leaf and s.tensor.requires_grad or torch.compiler.is_compiling()),
-        *student_tensors, *teacher_tensors,
-    )  # fmt: skip
+        how, labels if wants_entropy else None, factors.detach(), _link(tensors, wants), *tensors
+    )
     loss = loss.view(leading) if reduction == "none" else loss
     if not return_parts:
         return loss
     rows = rows * coefficient
     rows = rows.unflatten(1, leading) if reduction == "none" else rows.sum(1)
-    parts = dict(zip(compare.ROWS, rows, strict=False))
-    entropies = (parts["teacher_entropy"], parts["student_entropy"], parts["agreement"])
+    parts = dict(zip(MEASURES, rows, strict=True))
+    softmax = t is not None and any(part.kind != "logits" for _, part in d.parts)
     return KDParts(
         loss,
-        parts["divergence"],
+        parts["divergence"] if t is not None else None,
         parts["cross_entropy"] if wants_entropy else None,
-        (weight != 0).sum(),
-        *((None, None, None) if d.kind == "logits" else entropies),
-        parts.get("teacher_mass"),
+        counts.sum(),
+        *(
+            parts[name] if softmax else None
+            for name in ("teacher_entropy", "student_entropy", "agreement")
+        ),
+        parts["teacher_mass"] if t is not None and t.sparse else None,
     )
+
+
+class Settings(TypedDict, total=False):
+    """The keyword settings of `kd_loss` that a `KDLoss` keeps."""
+
+    divergence: str | Divergence
+    temperature: float | Tensor
+    alpha: float | Tensor
+    reduction: str
+    ignore_index: int
+    shift: bool
+    compensate: bool
+    vocab: str | int
+    group: Any
+    inplace: bool
+    workspace_bytes: int | None
+    return_parts: bool
+
+
+_PARAMETERS = inspect.signature(kd_loss).parameters
+_DEFAULTS = {name: _PARAMETERS[name].default for name in Settings.__annotations__}
 
 
 class KDLoss(torch.nn.Module):
@@ -232,86 +302,96 @@ class KDLoss(torch.nn.Module):
         TypeError, ValueError: unknown settings, or values that `kd_loss` would refuse.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Unpack[Settings]):
         super().__init__()
-        known = set(kd_loss.__kwdefaults__) - {"token_weight", "num_items"}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - set(_DEFAULTS))
         if unknown:
-            raise TypeError(f"unknown settings {unknown}; known: {sorted(known)}")
-        self.settings = {name: kd_loss.__kwdefaults__[name] for name in sorted(known)} | settings
+            raise TypeError(f"unknown settings {unknown}; known: {sorted(_DEFAULTS)}")
+        self.settings = _DEFAULTS | settings
         self.settings["divergence"] = divergences.get(self.settings["divergence"])
-        _check_settings(
-            *(
-                self.settings[name]
-                for name in (
-                    "temperature",
-                    "alpha",
-                    "reduction",
-                    "vocab",
-                    "ignore_index",
-                    "workspace_bytes",
-                )  # fmt: skip
-            )
-        )
+        _check_settings(self.settings)
 
     def forward(
         self,
-        student: Tensor | LMHead,
-        teacher: Tensor | LMHead | TopK | Ensemble,
+        student: Tensor | Source,
+        teacher: Tensor | Source | None,
         labels: Tensor | None = None,
         *,
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Tensor | KDParts:
         return kd_loss(
-            student,
-            teacher,
-            labels,
-            token_weight=token_weight,
-            num_items=num_items,
+            student, teacher, labels, token_weight=token_weight, num_items=num_items,
             **self.settings,
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        changed = {
-            k: v
-            for k, v in self.settings.items()
-            if k == "divergence" or v != kd_loss.__kwdefaults__[k]
-        }
-        return ", ".join(f"{k}={v}" for k, v in changed.items())
+        changed = (
+            f"{name}={value}"
+            for name, value in self.settings.items()
+            if name == "divergence" or value is not _DEFAULTS[name]
+        )
+        return ", ".join(changed)
 
 
-def _check_settings(temperature, alpha, reduction, vocab, ignore_index, workspace_bytes) -> None:
-    for name, value in (("temperature", temperature), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+# For `help` and completion: the settings by name.
+KDLoss.__signature__ = inspect.Signature([_PARAMETERS[name] for name in _DEFAULTS])
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Of those that are numbers or words; tensors are looked at with the rows."""
+    temperature, alpha = settings["temperature"], settings["alpha"]
+    check_number("temperature", temperature)
+    message = "temperature must be positive and finite, got {}"
+    require((temperature > 0) & (temperature < math.inf), message, temperature)
+    if isinstance(alpha, Tensor):
+        if not alpha.is_floating_point():
+            raise TypeError(f"alpha must be a number or a float tensor, got {alpha.dtype}")
+        check_constant("alpha", alpha)
+    else:
+        check_number("alpha", alpha)
+        require(0 <= alpha <= 1, "alpha must be in [0, 1], got {}", alpha)
+    if settings["reduction"] not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"reduction must be 'mean', 'sum' or 'none', got {settings['reduction']!r}"
+        )
+    workspace_bytes, ignore_index = settings["workspace_bytes"], settings["ignore_index"]
     if workspace_bytes is not None:
-        if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        if not _is_int(workspace_bytes):
             raise TypeError(
                 f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}"
             )
         if workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes must be positive, got {workspace_bytes}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not _is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    number = isinstance(vocab, int) and not isinstance(vocab, bool)
-    if vocab not in ("strict", "shared") and not (number and vocab > 0):
+    vocab = settings["vocab"]
+    if vocab not in ("strict", "shared") and not (_is_int(vocab) and vocab > 0):
         raise ValueError(
             f"vocab must be 'strict', 'shared' or a positive number of entries, got {vocab!r}"
         )
 
 
-def _check_num_items(num_items, reduction, device) -> None:
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _check_transforms(s: Source) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_CLOSED_FORM.format("goes through no torch.func transform"))
+    if forward_ad._current_level >= 0:
+        for x in tensors_of(s):
+            if forward_ad.unpack_dual(x).tangent is not None:
+                raise RuntimeError(_CLOSED_FORM.format("has no forward-mode derivative"))
+
+
+def _check_num_items(num_items, reduction: str, device: torch.device) -> None:
+    if num_items is None:
+        return
     if reduction != "mean":
-        raise ValueError(
-            f"num_items divides under reduction 'mean' only, got reduction {reduction!r}"
-        )
+        raise ValueError(f"num_items divides the mean, but reduction is {reduction!r}")
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0 or num_items.requires_grad:
             raise ValueError(
@@ -328,11 +408,27 @@ def _check_num_items(num_items, reduction, device) -> None:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
-def _check_sources(s: Source, t: Source, d: Divergence, temperature: float) -> None:
-    if not isinstance(s, (Dense, LMHead)):
-        raise TypeError(f"student must be a tensor of logits or an LMHead, got {type(s).__name__}")
-    for source in (s, t):
-        source.dtype  # noqa: B018 - raises where the dtypes of an LM head disagree
+def _check_student(s: Source, shift: bool) -> None:
+    if type(s).student is Source.student:
+        raise TypeError(
+            "student must be a tensor of logits, an LMHead or another source with gradients, got"
+            f" {type(s).__name__}"
+        )
+    s.dtype  # noqa: B018 - raises where the dtypes of an LM head disagree
+    if shift and not s.leading:
+        raise ValueError(f"shift needs (..., length, V) logits, got shape {s.shape}")
+
+
+def _check_teacher(
+    s: Source, t: Source | None, d: Divergence, temperature: float | Tensor, alpha: float | Tensor
+) -> None:
+    if t is None:
+        if isinstance(alpha, Tensor) or alpha != 0:
+            raise ValueError(
+                f"teacher is None: only the cross-entropy is left, with alpha = 0, got {alpha}"
+            )
+        return
+    t.dtype  # noqa: B018
     if s.leading != t.leading:
         raise ValueError(
             "student and teacher must agree in all dimensions but the last, got shapes"
@@ -340,72 +436,34 @@ def _check_sources(s: Source, t: Source, d: Divergence, temperature: float) -> N
         )
     if t.device != s.device:
         raise ValueError(f"teacher is on {t.device}, the student on {s.device}")
-    _check_constant(t)
-    if d.kind == "logits" and (
-        any(isinstance(x, TopK) for x in _members(t))
-        or (isinstance(t, Ensemble) and t.mode == "probabilities")
-    ):
-        raise ValueError(f"{d} compares logits, of which {type(t).__name__} has none")
-    if isinstance(t, TopK):
-        _check_topk(t, d, temperature)
-
-
-def _check_topk(t: TopK, d: Divergence, temperature: float) -> None:
-    if d.pooled_terms is None:
+    if t.differentiated:
         raise ValueError(
-            f"{d} is no sum over outcomes that may be pooled, as a top-k teacher's tail is"
+            f"the teacher is never differentiated, but its {', '.join(t.differentiated)} require"
+            " grad: compute them under no_grad"
         )
-    if t.tail == "renormalize" and d.infinite_p:
-        raise ValueError(
-            f"{d} is infinite where the teacher has no mass: outside a renormalised top-k teacher"
-            " everywhere; use tail='bucket'"
-        )
-    if t.tail != "renormalize" and temperature != t.temperature:
-        raise ValueError(
-            f"the top-k log-probabilities are at temperature {t.temperature}, the loss at"
-            f" {temperature}: exact only with tail='renormalize', got tail={t.tail!r}"
-        )
+    t.check(d, temperature)
 
 
-def _members(t: Source) -> list[Source]:
-    if not isinstance(t, Ensemble):
-        return [t]
-    return [x for member in t.teachers for x in _members(member)]
-
-
-def _check_constant(t: Source) -> None:
-    """An LM head's own weight may be trained elsewhere, tied to the student's even: here it is a
-    constant."""
-    for source in _members(t):
-        for what, x in (
-            ("logits", getattr(source, "tensor", None)),
-            ("hidden state", getattr(source, "hidden", None)),
-            ("log-probabilities", getattr(source, "logprobs", None)),
-        ):
-            if x is not None and x.requires_grad:
-                raise ValueError(
-                    f"the teacher is never differentiated, but its {what} require grad: compute"
-                    " them under no_grad"
-                )
-
-
-def _check_rows(s: Source, labels, token_weight, alpha, num_items, reduction) -> None:
-    if num_items is not None:
-        _check_num_items(num_items, reduction, s.device)
-    for name, x in (("labels", labels), ("token_weight", token_weight)):
-        if isinstance(x, Tensor) and x.device != s.device:
+def _check_rows(s: Source, labels, token_weight, alpha) -> None:
+    """Shapes and types; values are looked at where they count."""
+    for name, x in (("labels", labels), ("token_weight", token_weight), ("alpha", alpha)):
+        if isinstance(x, Tensor) and x.dim() and x.device != s.device:
             raise ValueError(f"{name} is on {x.device}, the student on {s.device}")
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-            got = getattr(labels, "dtype", type(labels).__name__)
-            raise TypeError(f"labels must be an integer tensor, got {got}")
+        check_integers("labels", labels)
         if labels.shape != s.leading:
             raise ValueError(
                 "labels must have the shape of the logits without the last dimension,"
                 f" {tuple(s.leading)}, got {shape_of(labels)}"
             )
-    elif alpha < 1:
-        raise ValueError(f"alpha = {alpha} mixes in the cross-entropy, which needs labels")
+    elif isinstance(alpha, Tensor) or alpha < 1:
+        what = f"a tensor of shape {shape_of(alpha)}" if isinstance(alpha, Tensor) else alpha
+        raise ValueError(f"alpha = {what} mixes in the cross-entropy, which needs labels")
+    if isinstance(alpha, Tensor) and alpha.shape not in ((), s.leading):
+        raise ValueError(
+            f"alpha must be a number, a 0-d tensor or of shape {tuple(s.leading)}, got"
+            f" {shape_of(alpha)}"
+        )
     if token_weight is not None:
         if not isinstance(token_weight, Tensor) or not (
             token_weight.dtype == torch.bool or token_weight.is_floating_point()
@@ -416,152 +474,140 @@ def _check_rows(s: Source, labels, token_weight, alpha, num_items, reduction) ->
             raise ValueError(
                 f"token_weight must have the shape {tuple(s.leading)}, got {shape_of(token_weight)}"
             )
-        if token_weight.requires_grad:
-            raise ValueError("token_weight is not differentiated, but requires grad: detach it")
+        check_constant("token_weight", token_weight)
 
 
-def _check_vocabulary(s: Source, t: Source, vocab, group: str) -> int:
-    """How many entries the divergence sees, of this shard."""
+def _check_vocabulary(s: Source, t: Source | None, vocab: str | int, sharded: bool) -> int:
+    """How many entries both sides have, of this shard, before a cut to a number of them."""
     V = s.entries
-    members = _members(t)
-    smallest = min([V, *(x.entries for x in members if x.entries is not None)])
-    if vocab == "strict":
-        for x in members:
-            if x.entries not in (None, V):
-                raise ValueError(
-                    f"the vocabularies differ: student {V}, teacher {x.entries} entries."
-                    f" If the first {smallest} are the same tokens (padding columns),"
-                    " pass vocab='shared'; else the two models need one tokenizer"
-                )
-        n = V
-    elif vocab == "shared":
-        n = smallest
-    elif group:
-        n = shards.cut(vocab, smallest, group, s.device)
-    elif not 1 <= vocab <= smallest:
-        sizes = ", ".join(str(x.entries) for x in members if x.entries is not None)
+    sizes = [] if t is None else [x.entries for x in leaves(t) if x.entries is not None]
+    smallest = min([V, *sizes])
+    if vocab == "strict" and smallest != max([V, *sizes]):
+        other = next(size for size in sizes if size != V)
         raise ValueError(
-            f"vocab must be between 1 and {smallest} (student {V}, teacher {sizes}), got {vocab}"
+            f"the vocabularies differ: student {V}, teacher {other} entries. If the first"
+            f" {smallest} are the same tokens (padding columns), pass vocab='shared'; else the two"
+            " models need one tokenizer"
         )
-    else:
-        n = vocab
-    lists = [x for x in members if isinstance(x, TopK)]
-    N = shards.sizes(n, group, lists[0].ids).sum() if group and lists else n
-    for x in lists:
-        ids = x.ids.long()  # N may be more than a smaller type holds
-        # Under "strict" an id beyond the vocabulary is a mistake; a cut leaves it out.
-        absent = ids < 0 if vocab == "strict" else (ids < 0) | (ids >= N)
-        _check_range("top-k ids", ids, absent, N)
-        ordered = torch.where(ids < 0, -1, ids).sort(-1).values
-        repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-        message = "top-k ids must be distinct in a row, got {} twice"
-        _require(~repeated, message, ordered[..., 1:])
-        message = "top-k log-probabilities must not be positive, got {}"
-        _require(absent | ~(x.logprobs > 0.01), message, x.logprobs)
-    if isinstance(t, Ensemble) and isinstance(t.weights, Tensor):
-        message = "Ensemble's weights must be finite and not negative"
-        _require(t.weights.isfinite() & (t.weights >= 0), message, t.weights)
-    return n
+    if isinstance(vocab, int):
+        if not sharded and vocab > smallest:
+            raise ValueError(
+                f"vocab must be between 1 and {smallest} (student {V}, teacher"
+                f" {', '.join(map(str, sizes))}), got {vocab}"
+            )
+        return smallest if sharded else vocab
+    return smallest
 
 
-def _check_range(what: str, ids: Tensor, ignored: Tensor, V: int | Tensor) -> None:
-    absent = "ignore_index" if what == "labels" else "-1"
-    inside = ignored | ((ids >= 0) & (ids < V))
-    if isinstance(V, Tensor) and (V.device.type != "cpu" or torch.compiler.is_compiling()):
-        V = "V"  # its number would be a sync, or is not known yet
-    _require(inside, f"{what} must be in [0, {V}) or {absent}, got {{}}", ids)
+def _needs_sizes(s: Source, t: Source | None, labels, d: Divergence, vocab: str | int) -> bool:
+    """Whether anything depends on the sizes of the other ranks' shards."""
+    dense = isinstance(s, Dense) and (t is None or isinstance(t, Dense))
+    means = any(part.kind == "logits" for _, part in d.parts)
+    return labels is not None or means or not dense or isinstance(vocab, int)
 
 
-def _require(holds: Tensor, message: str, values: Tensor) -> None:
-    """Raise on the CPU, assert on the device elsewhere: no sync."""
-    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not holds.all():
-            bad = values[~holds].unique().tolist()
-            raise ValueError(message.format(f"{bad[:8]}{'…' if len(bad) > 8 else ''}"))
-    elif holds.device.type in ("cpu", "cuda"):
-        torch._assert_async(holds.all(), "fastkd: " + message.format("others"))
+_CLOSED_FORM = (
+    "kd_loss {}: its gradient is computed in closed form, once, in the forward pass. Use backward()"
+    " or torch.autograd.grad, or fastkd.reference.kd_loss, which autograd differentiates"
+)
+
+
+class _How(NamedTuple):
+    """Constants of `_Loss`."""
+
+    spec: str  # of the packed call, and its numbers
+    numbers: list[float]
+    wants: list[bool]  # which of the student's tensors get a gradient
+    in_backward: bool  # when it is computed: with the upstream factors, or forwards
+    per_row: bool  # losses of rows, not their sum
+    inplace: bool
 
 
 class _Loss(torch.autograd.Function):
     """Weighted losses of T rows, or their sum. The gradients are computed forwards, once per
-    weight, and backwards only scaled; or backwards (`later`)."""
+    weight, and backwards only scaled; or backwards."""
 
     @staticmethod
-    def forward(ctx, labels, weight, settings, wants, later, per_row, inplace, *tensors):
-        count = len(wants)
-        later = later and any(wants)
-        now = [False] * count if later else wants
-        rows, grads = compare.compare(
-            list(tensors[:count]), list(tensors[count:]), labels, weight, settings, now, inplace
-        )
-        ctx.settings = settings._replace(diagnostics=False)  # reported once, forwards
-        ctx.wants, ctx.later, ctx.inplace = wants, later, inplace
-        ctx.shapes, ctx.count = [x.shape for x in tensors[:count]], len(tensors)
-        ctx.save_for_backward(weight, *([labels, *tensors] if later else grads))
+    def forward(ctx, how: _How, labels, factors, link, *tensors):
+        later = how.in_backward and any(how.wants)
+        now = [False] * len(how.wants) if later else how.wants
+        call = Parcel(how.spec, how.numbers, list(tensors))
+        rows, grads = compare.compare(call, labels, factors, now, how.inplace)
+        ctx.how, ctx.later, ctx.count = how, later, len(tensors)
+        # Inference tensors cannot be saved for the backward pass; they are kept beside.
+        saved = [labels, *tensors] if later else grads
+        ctx.beside = [_keeps(x) for x in saved]
+        saved = [None if kept is not None else x for x, kept in zip(saved, ctx.beside, strict=True)]
+        ctx.save_for_backward(factors, link, *saved)
         loss = torch.zeros_like(rows[0])
-        for row, scale in ((0, settings.kd_scale), (1, settings.ce_scale)):
-            if scale:
-                loss = loss + scale * rows[row]
-        loss = loss * weight
+        for row, factor in zip(rows[:2], factors[1:], strict=True):
+            loss = loss + torch.where(factor == 0, 0, row * factor)  # the value may be infinite
         ctx.mark_non_differentiable(rows)
-        return loss if per_row else loss.sum(), rows
+        return loss if how.per_row else loss.sum(), rows
 
     @staticmethod
     def backward(ctx, upstream, _rows):
+        how = ctx.how
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        upstream, count = upstream.detach(), len(ctx.wants)
-        weight, *saved = ctx.saved_tensors
+        upstream = upstream.detach()
+        factors, link, *saved = ctx.saved_tensors
+        saved = [x if kept is None else kept for x, kept in zip(saved, ctx.beside, strict=True)]
         if upstream.dim() and len(upstream) and upstream.stride(0) == 0:
             upstream = upstream[0]  # the factor of a sum over the rows, expanded
         if upstream.dim():  # whatever is made of a row that does not count
-            upstream = torch.where(weight != 0, upstream, 0)
+            upstream = torch.where(factors[0] != 0, upstream, 0)
         if ctx.later:
             labels, *tensors = saved
-            inplace = ctx.inplace and not _graph_is_kept()
-            grads = compare.compare(
-                tensors[:count], tensors[count:], labels, weight * upstream, ctx.settings,
-                ctx.wants, inplace,
-            )[1]  # fmt: skip
+            call = Parcel(how.spec, how.numbers, tensors)
+            inplace = how.inplace and not _graph_is_kept()
+            _, grads = compare.compare(call, labels, factors * upstream, how.wants, inplace)
         else:
             grads = [
-                _scale(grad, upstream) if wanted else None
-                for grad, wanted in zip(saved, ctx.wants, strict=True)
+                _scale(grad, upstream) if wanted else grad
+                for grad, wanted in zip(saved, how.wants, strict=True)
             ]
-        grads = [
-            grad.view(shape) if wanted else None
-            for grad, shape, wanted in zip(grads, ctx.shapes, ctx.wants, strict=True)
-        ]
+        grads = [g if wanted else None for g, wanted in zip(grads, how.wants, strict=True)]
         if again:
-            anchor = torch.zeros((), requires_grad=True)
-            grads = [g if g is None else _OnlyOnce.apply(g, anchor) for g in grads]
-        return (*[None] * 7, *grads, *[None] * (ctx.count - count))
+            grads = [g if g is None else _OnlyOnce.apply(g, link) for g in grads]
+        if not torch.compiler.is_compiling():
+            buffers.trim_after_backward()
+        return (*[None] * 4, *grads, *[None] * (ctx.count - len(grads)))
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """A gradient that must not be differentiated: without this it would pass for a constant."""
+    """A gradient that must not be differentiated, nor pass for a constant: `link` ties it to the
+    student's graph."""
 
     @staticmethod
-    def forward(ctx, grad, anchor):
+    def forward(ctx, grad, link):
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, _grad):
-        raise RuntimeError(
-            "kd_loss cannot be differentiated twice: its gradient is computed in closed form"
-            " (fastkd.reference.kd_loss can be)"
-        )
+        raise RuntimeError(_CLOSED_FORM.format("cannot be differentiated twice"))
+
+
+def _link(tensors: list[Tensor], wants: list[bool]) -> Tensor | None:
+    """Of the graph of the student's tensors, without their data: an empty sum."""
+    if torch.compiler.is_compiling() or not any(wants):
+        return None
+    wanted = [x for x, wanted in zip(tensors, wants, strict=False) if wanted]
+    return sum((x if x.dim() else x[None])[:0].sum().float() for x in wanted)
+
+
+def _keeps(x: Tensor | None) -> Tensor | None:
+    inference = x is not None and not torch.compiler.is_compiling() and x.is_inference()
+    return x if inference else None
 
 
 def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
     """`grad` times one factor, or one for each row."""
     if torch.compiler.is_compiling():
-        return (grad * (upstream[:, None] if upstream.dim() else upstream)).to(grad.dtype)
+        factor = upstream.view(*grad.shape[:-1], 1) if upstream.dim() else upstream
+        return (grad * factor).to(grad.dtype)
     grad = grad.clone() if _graph_is_kept() else grad
-    if compare.uses_triton(grad.device, grad.dtype):
-        from fastkd.kernels.dense import scale_
-    else:
-        from fastkd.backends.eager import scale_
-    scale_(grad if grad.dim() == 2 else grad[None], upstream)
+    rows = grad.view(-1, grad.shape[-1]) if grad.numel() else grad.view(0, 1)
+    backend(grad.device, grad.dtype).scale_(rows, upstream)
     return grad
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import divergences
-from fastkd.divergences import LOG_FLOOR, Divergence
-from fastkd.sources import Ensemble, LMHead, Source, TopK
+from fastkd.divergences import Divergence
+from fastkd.kernels.limits import DEAD, LOG_FLOOR
+from fastkd.sources import Dense, Ensemble, LMHead, Source
 
 
 def naive(
@@ -27,8 +28,6 @@ def logits(source: Tensor | Source, temperature: float = 1.0, n: int | None = No
         z = source.scale * (source.hidden @ source.weight.T)
         z = z if source.bias is None else z + source.bias
         return source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
-    if isinstance(source, TopK):
-        raise TypeError("a top-k teacher has no logits")
     if isinstance(source, Ensemble):
         n = n or source.entries
         every = [logits(t, temperature, n)[..., :n] for t in source.teachers]
@@ -36,7 +35,11 @@ def logits(source: Tensor | Source, temperature: float = 1.0, n: int | None = No
             return sum(w * z for w, z in _weighted(source, every))
         p = sum(w * F.softmax(z / temperature, -1) for w, z in _weighted(source, every))
         return temperature * p.log()
-    return source if isinstance(source, Tensor) else source.tensor
+    if isinstance(source, Dense):
+        return source.logits
+    if not isinstance(source, Tensor):
+        raise TypeError(f"{type(source).__name__} has no logits")
+    return source
 
 
 def _weighted(ensemble: Ensemble, every: list[Tensor]):
@@ -46,12 +49,12 @@ def _weighted(ensemble: Ensemble, every: list[Tensor]):
 
 def kd_loss(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | Ensemble,
+    teacher: Tensor | LMHead | Ensemble | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
-    temperature: float = 1.0,
-    alpha: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
@@ -69,28 +72,33 @@ def kd_loss(
     """
     d = divergences.get(divergence)
     student = logits(student)
-    sizes = student.shape[-1], logits(teacher).shape[-1]
-    n = {"strict": sizes[0], "shared": min(sizes)}.get(vocab, vocab)
-    teacher = logits(teacher, temperature, n)
+    V = student.shape[-1]
     weight = torch.ones(student.shape[:-1], dtype=student.dtype, device=student.device)
     if token_weight is not None:
         weight = token_weight.to(student.dtype)
     if shift:
-        student, teacher, weight = student[..., :-1, :], teacher[..., :-1, :], weight[..., 1:]
+        student, weight = student[..., :-1, :], weight[..., 1:]
         labels = None if labels is None else labels[..., 1:]
+        alpha = alpha[..., 1:] if isinstance(alpha, Tensor) and alpha.dim() else alpha
     if labels is not None:
         weight = weight * (labels != ignore_index)
-    finite_student, finite_teacher = (_floored(x[..., :n], temperature) for x in (student, teacher))
-    losses = d.reference(finite_student, finite_teacher, temperature) * alpha
-    if compensate:
-        losses = losses * d.compensation(temperature)
-    if alpha < 1:
-        losses = losses + (1 - alpha) * F.cross_entropy(
-            student.reshape(-1, sizes[0]),
+    losses = torch.zeros_like(weight)
+    if teacher is not None:
+        sizes = V, logits(teacher).shape[-1]
+        n = {"strict": V, "shared": min(sizes)}.get(vocab, vocab)
+        teacher = logits(teacher, temperature, n)
+        teacher = teacher[..., :-1, :] if shift else teacher
+        d, c = d.compensated(temperature) if compensate else (d, 1.0)
+        finite = (_floored(x[..., :n], temperature) for x in (student, teacher))
+        losses = d.reference(*finite, temperature) * (alpha * c)
+    if labels is not None:
+        entropies = F.cross_entropy(
+            student.reshape(-1, V),
             labels.reshape(-1).long(),
             reduction="none",
             ignore_index=ignore_index,
         ).view(labels.shape)
+        losses = losses + torch.where(weight != 0, (1 - alpha) * entropies, 0)
     losses = torch.where(weight != 0, weight * losses, 0)
     if reduction == "none":
         return F.pad(losses, (0, 1)) if shift else losses
@@ -101,6 +109,6 @@ def kd_loss(
 
 def _floored(logits: Tensor, temperature: float) -> Tensor:
     """Logits whose -inf entries have the log-probability LOG_FLOOR at this temperature."""
-    alive = torch.where(logits <= -1e30, -torch.inf, logits.detach()) / temperature
+    alive = torch.where(logits <= DEAD, -torch.inf, logits.detach()) / temperature
     floor = temperature * (LOG_FLOOR + torch.logsumexp(alive, -1, keepdim=True))
-    return torch.where(logits <= -1e30, floor, logits)
+    return torch.where(logits <= DEAD, floor, logits)

@@ -28,13 +28,13 @@ MEASURES = (
 class Sparse(NamedTuple):
     """What a top-k teacher says of T rows, outside of whose K entries it has the `tail`:
 
-        "bucket"       p = exp(logprob) on the entries, and 1 - Σ p for the rest as one outcome.
-                       Never above the divergence of the whole distributions, and equal to it where
-                       K = n. The rest is nothing where the entries are all n, and else at least
-                       2^-24: log-probabilities that sum to 1 must not make reverse KL infinite.
-        "renormalize"  p = softmax(logprob · temperature / T) on the entries, 0 elsewhere.
-        "truncate"     p = exp(logprob) on the entries, and the textbook's sum over them alone,
-                       which can be negative.
+    "bucket"       p = exp(logprob) on the entries, and 1 - Σ p for the rest as one outcome.
+                   Never above the divergence of the whole distributions, and equal to it where
+                   K = n. The rest is nothing where the entries are all n, and else at least
+                   2^-24: log-probabilities that sum to 1 must not make reverse KL infinite.
+    "renormalize"  p = softmax(logprob · temperature / T) on the entries, 0 elsewhere.
+    "truncate"     p = exp(logprob) on the entries, and the textbook's sum over them alone,
+                   which can be negative.
     """
 
     ids: Tensor  # (T, K) integers, unique within a row; negative or ≥ n: absent
@@ -54,6 +54,7 @@ class Shard(NamedTuple):
     gather: Callable[[Tensor], Tensor]  # (world, *x.shape): the x of all ranks, in rank order
     first: Tensor | int  # the number of this shard's first column
     n: Tensor | int  # entries that the divergence sees, of all ranks
+    total: Callable[[Tensor], Tensor] | None = None  # Σ over the ranks, in fp32: for LM heads
 
 
 class Ask(NamedTuple):

@@ -1,34 +1,32 @@
 """Vocabulary shards: each rank of a `torch.distributed` group holds a contiguous part of every row.
 
-Two small exchanges a chunk (softmax statistics; values and slopes) make the rows whole; with a
-top-k teacher it is one, of K + 7 numbers a row; each teacher of an ensemble of probabilities adds
-one, of its softmax statistics. Labels, top-k lists and ensembles need the shards' sizes; LM heads
-and ensembles an exchange on the chunk's length, and `vocab=n` one on the cut, for which the host
-waits; a hidden state's gradient is summed. What is exchanged is gathered, and merged by every rank
-in the same order: all get the same bits.
+The shards' sizes are exchanged once a call, where something depends on them: labels, top-k lists,
+the length of a chunk, a cut to n entries. Then two small exchanges a chunk (softmax statistics;
+values and slopes) make the rows whole; with a top-k teacher it is one, of K + 7 numbers a row; each
+teacher of an ensemble of probabilities adds one, of its softmax statistics; the cross-entropy alone
+takes one. A hidden state's gradient is summed. What is exchanged is gathered, and merged by every
+rank in the same order: all get the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.sources import LMHead, TopK
+from fastkd.rows import Shard
+from fastkd.sources import LMHead, Source
+from fastkd.sources.source import leaves
 
 
-def gather(group: str) -> Callable[[Tensor], Tensor]:
-    """`gather(x)`: (world, *x.shape), the x of all ranks in rank order."""
+def gather(x: Tensor, group: str) -> Tensor:
+    """(world, *x.shape), the x of all ranks in rank order."""
     group = resolve(group)
-
-    def run(x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.stack(parts)
-
-    return run
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.stack(parts)
 
 
 def total(x: Tensor, group: str) -> Tensor:
@@ -53,61 +51,67 @@ def resolve(name: str):
 
 
 @torch.library.custom_op("fastkd::shard_sizes", mutates_args=())
-def sizes(V: int, group: str, like: Tensor) -> Tensor:
-    """(world,) entries of every rank's shard, on the device of `like`."""
-    return gather(group)(torch.full((), V, dtype=torch.int64, device=like.device))
+def sizes(V: int, n: int, group: str, like: Tensor) -> Tensor:
+    """(world, 2) of every rank: the student's entries and how many both sides have, on the device
+    of `like`."""
+    return gather(torch.tensor([V, n], dtype=torch.int64, device=like.device), group)
 
 
 @sizes.register_fake
-def _(V, group, like):
-    return like.new_empty(dist.get_world_size(resolve(group)), dtype=torch.int64)
+def _(V, n, group, like):
+    return like.new_empty((dist.get_world_size(resolve(group)), 2), dtype=torch.int64)
 
 
-@torch.library.custom_op("fastkd::before", mutates_args=())
-def before(sizes: Tensor, group: str) -> Tensor:
-    """0-d: of all ranks' `sizes`, the number of this rank's first column."""
-    return sizes[: dist.get_rank(resolve(group))].sum()
+def shard(group: str, known: Tensor, vocab: str | int) -> tuple[Shard, int]:
+    """This rank's shard, and how many of its entries the divergence sees, of all `sizes`; the host
+    waits for them where the vocabulary is cut to n entries."""
+    rank = dist.get_rank(resolve(group))
+    if isinstance(vocab, int):
+        lengths = known[:, 1].tolist()
+        if vocab > sum(lengths):
+            raise ValueError(f"vocab must be between 1 and {sum(lengths)}, got {vocab}")
+        n, whole = min(max(vocab - sum(lengths[:rank]), 0), lengths[rank]), vocab
+    else:
+        column = 0 if vocab == "strict" else 1
+        n, whole = None, known[:, column].sum()
+    run = (functools.partial(f, group=group) for f in (gather, total))
+    return Shard(next(run), known[:rank, 0].sum(), whole, next(run)), n
 
 
-@before.register_fake
-def _(sizes, group):
-    return sizes.new_empty(())
+def widest(known: Tensor) -> tuple[int, int]:
+    """The most entries that a rank's student has, and that both its sides have; the host waits."""
+    V, n = known.amax(0).tolist()
+    return V, max(n, 1)
 
 
-def cut(vocab: int, V: int, group: str, device: torch.device) -> int:
-    """How many of this shard's V entries are among the vocabulary's first `vocab`; waits for the
-    other ranks."""
-    lengths = gather(group)(torch.tensor(V, device=device)).tolist()
-    if not 1 <= vocab <= sum(lengths):
-        raise ValueError(f"vocab must be between 1 and {sum(lengths)}, got {vocab}")
-    return min(max(vocab - sum(lengths[: dist.get_rank(resolve(group))]), 0), V)
+def is_dtensor(x: object) -> bool:
+    return type(x).__name__ == "DTensor"
 
 
 def from_dtensors(student, teacher, group):
     """(student, teacher, group) with DTensors replaced by this rank's shards.
 
     Logits may be DTensors that are sharded along the vocabulary, on both sides, or beside a top-k
-    teacher. Returned as they came where there is no DTensor. An LM head's weight says nothing: FSDP
-    shards it the same way, over ranks with other rows.
+    teacher or none. Returned as they came where there is no DTensor. An LM head's weight says
+    nothing: FSDP shards it the same way, over ranks with other rows.
     """
     for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, LMHead) and type(x.weight).__name__ == "DTensor":
-            raise ValueError(
-                f"the {name}'s LMHead has a DTensor as its weight: pass weight.full_tensor()"
-                " (FSDP), or weight.to_local() and the group= of its vocabulary shards"
-            )
-    if not any(type(x).__name__ == "DTensor" for x in (student, teacher)):
+        for source in leaves(x) if isinstance(x, Source) else ():
+            if isinstance(source, LMHead) and is_dtensor(source.weight):
+                raise ValueError(
+                    f"the {name}'s LMHead has a DTensor as its weight: pass weight.full_tensor()"
+                    " (FSDP), or weight.to_local() and the group= of its vocabulary shards"
+                )
+    if not is_dtensor(student) and not is_dtensor(teacher):
         return student, teacher, group
     if group is not None:
         raise ValueError("DTensors bring their own group: pass them without group=, or to_local()")
-    from torch.distributed.tensor import DTensor
-
     groups, local = set(), []
     for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, TopK):
+        if x is None or (isinstance(x, Source) and x.sparse):
             local.append(x)
             continue
-        if not isinstance(x, DTensor):
+        if not is_dtensor(x):
             raise TypeError(
                 f"the other side is a DTensor: {name} must be one with the same shards, got"
                 f" {type(x).__name__}"

@@ -1,9 +1,9 @@
 """Memory for large tensors on the CPU, kept from one call to the next.
 
 The C library returns large blocks to the system, and the first touch of new pages costs a good part
-of the time. Blocks that no tensor uses any more are used again by the next
-call that fits; one that fits none frees them all, so that no more is kept than one step needs.
-`release()` frees them too.
+of the time. Blocks that no tensor uses any more are used again by the next call that fits; one that
+fits none frees them all. After a backward pass only `KEPT` bytes of them stay, so that they do not
+add to the peak of a training step, and `release()` frees all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import torch
 
 SMALLEST = 2**20  # bytes; below, the C library does the same
+KEPT = 2**27  # bytes that may stay unused
 _blocks: list[mmap.mmap] = []
 _lock = threading.Lock()
 
@@ -45,6 +46,23 @@ def release() -> None:
     """Give the memory that no tensor uses back to the system."""
     unused = {id(block) for block in _free()}
     _blocks[:] = [block for block in _blocks if id(block) not in unused]
+
+
+def trim() -> None:
+    """Give back all but `KEPT` bytes of what no tensor uses, the largest blocks first."""
+    with _lock:
+        kept, gone = 0, set()
+        for block in sorted(_free(), key=len):
+            kept += len(block)
+            if kept > KEPT:
+                gone.add(id(block))
+        _blocks[:] = [block for block in _blocks if id(block) not in gone]
+
+
+def trim_after_backward() -> None:
+    """`trim` when the backward pass that runs now has ended: gradients are on their way."""
+    if _blocks:
+        torch.autograd.Variable._execution_engine.queue_callback(trim)
 
 
 def _references(blocks: list) -> list[int]:

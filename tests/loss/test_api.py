@@ -8,10 +8,11 @@ from common import DEVICE, assert_as_exact_as_torch, logits, value_and_grad
 
 import fastkd
 from fastkd import KDLoss, Renyi, kd_loss
-from fastkd.sources import as_rows
+from fastkd.sources.source import as_rows
 
 S, T = logits(2, 5, 30)
 Y = torch.randint(30, (2, 5), device=DEVICE)
+GRADED = torch.rand(2, 5, device=DEVICE, requires_grad=True)
 
 
 @pytest.mark.parametrize(
@@ -22,12 +23,26 @@ Y = torch.randint(30, (2, 5), device=DEVICE)
         (ValueError, ["temperature", "0"], (S, T), {"temperature": 0}),
         (ValueError, ["temperature", "-1.5"], (S, T), {"temperature": -1.5}),
         (ValueError, ["temperature", "inf"], (S, T), {"temperature": float("inf")}),
-        (TypeError, ["temperature", "Tensor"], (S, T), {"temperature": torch.tensor(2.0)}),
+        (TypeError, ["temperature", "(2,)"], (S, T), {"temperature": torch.ones(2)}),
+        (ValueError, ["temperature", "-2.0"], (S, T), {"temperature": torch.tensor(-2.0)}),
+        (ValueError, ["temperature", "nan"], (S, T), {"temperature": torch.tensor(float("nan"))}),
+        (ValueError, ["alpha", "1.5"], (S, T, Y), {"alpha": torch.tensor(1.5)}),
+        (ValueError, ["alpha", "(2, 4)"], (S, T, Y), {"alpha": torch.ones(2, 4)}),
+        (ValueError, ["alpha", "labels"], (S, T), {"alpha": torch.tensor(1.0)}),
+        (
+            ValueError,
+            ["alpha", "requires grad"],
+            (S, T, Y),
+            {"alpha": torch.rand(2, 5).requires_grad_()},
+        ),
         (ValueError, ["alpha", "1.5"], (S, T, Y), {"alpha": 1.5}),
         (ValueError, ["alpha", "nan"], (S, T, Y), {"alpha": float("nan")}),
         (ValueError, ["0.5", "labels"], (S, T), {"alpha": 0.5}),
         (TypeError, ["student", "int64"], (Y, T), {}),
-        (TypeError, ["teacher", "NoneType"], (S, None), {}),
+        (ValueError, ["teacher", "None", "alpha", "1.0"], (S, None), {}),
+        (ValueError, ["alpha", "0.5"], (S, None, Y), {"alpha": 0.5}),
+        (ValueError, ["labels"], (S, None), {"alpha": 0.0}),
+        (TypeError, ["teacher", "str"], (S, "teacher"), {}),
         (TypeError, ["labels", "float32"], (S, T, Y.float()), {}),
         (ValueError, ["labels", "(2, 5)", "(2, 4)"], (S, T, Y[:, :4]), {}),
         (ValueError, ["30", "31"], (S, T, Y.clone().fill_(31)), {}),

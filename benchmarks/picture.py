@@ -14,7 +14,7 @@ import table
 ASSETS = table.HERE.parent / "docs" / "assets"
 INK = {
     "light": dict(text="#1f2328", faint="#59636e", naive="#d1d9e0", ours="#0969da"),
-    "dark": dict(text="#f0f6fc", faint="#9198a1", naive="#3d444d", ours="#4493f8"),
+    "dark": dict(text="#f0f6fc", faint="#9198a1", naive="#48515c", ours="#4493f8"),
 }
 WIDTH, NAMES, PITCH, TOP, BAR = 830, 118, 22, 74, 15
 PANELS = ((NAMES, 285), (492, 245))  # left edge, and length of the longest bar

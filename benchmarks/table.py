@@ -86,11 +86,12 @@ def dense(entries: list[dict]) -> str:
 def heads(entries: list[dict]) -> str:
     """One row per shape, trained or frozen head, and divergence."""
     lines = [
-        f"LM heads on both sides, from hidden states, {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
+        f"LM heads on both sides, from hidden states of widths H (student, teacher),"
+        f" {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
         " the four matrix products alone (three where the head is frozen), timed in"
         " turns with each provider, and shown beside fastkd; the ratios are of times over gemms.",
         "",
-        "| rows × V | H, student and teacher | head | divergence | gemms | naive | torch.compile"
+        "| rows × V | H | head | divergence | gemms | naive | torch.compile"
         " | Liger fused | Liger chunked | TRL | fastkd | fastkd / gemms | naive / fastkd"
         " | extra memory, naive → fastkd |",
         "|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -244,6 +244,14 @@ def test_commands_exist():
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page}: make {target}"
 
 
+def test_rooms_exist():
+    (rooms,) = re.findall(r"```text\nfastkd/\n(.*?)```", PAGES["docs/house.md"], flags=re.DOTALL)
+    listed = re.findall(r"^  (\w+(?:\.py|/))", rooms, flags=re.MULTILINE)
+    assert len(listed) > 10
+    for name in listed:
+        assert (ROOT / "fastkd" / name).exists(), name
+
+
 def slugs(page):
     text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)

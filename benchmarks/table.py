@@ -1,5 +1,6 @@
-"""The README's tables, from saved results: `python benchmarks/table.py` writes them between the
-markers in README.md."""
+"""The tables of README and docs, from saved results: `python benchmarks/table.py` writes them
+between the markers in these pages, `<!-- results: cpu -->` (all of cpu.json) or `<!-- results: cpu
+short -->` (its narrow table) to `<!-- end -->`, and draws the picture."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = [HERE.parent / page for page in ("README.md", "docs/index.md", "docs/speed.md")]
+SHORT = {"naive": "PyTorch", "compile": "torch.compile", "fastkd": "**fastkd**"}
 
 
 def load(name: str) -> dict | None:
@@ -16,13 +18,39 @@ def load(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def tables(result: dict) -> str:
-    """Those of dense logits, of LM heads and of top-k teachers, as far as they were measured; the
-    first line says on what. Times are medians of loss and gradient in one run."""
+def entries_of(result: dict) -> dict[str, list[dict]]:
+    """What was measured, by table."""
     entries: dict[str, list[dict]] = {}
     for bench in result["benchmarks"]:
         info = bench["extra_info"] | {"median": bench["stats"]["median"]}
         entries.setdefault(info.get("table", "dense"), []).append(info)
+    return entries
+
+
+def short(result: dict) -> str:
+    """Forward KL of dense logits over the largest vocabulary: a line a provider."""
+    measured = [e for e in entries_of(result)["dense"] if e["divergence"] == "forward_kl"]
+    groups = grouped(measured, "V", "distance")
+    V = max(V for V, _ in groups)
+    row = groups[V, 1]
+    first = row["fastkd"]
+    lines = [
+        f"| forward KL, {first['rows']:,} tokens × {V:,} entries"
+        " | loss and gradient | extra memory |",
+        "|---|--:|--:|",
+    ]
+    for provider, name in SHORT.items():
+        entry = row[provider]
+        lines.append(
+            f"| {name} | {entry['median'] * 1e3:,.0f} ms | {megabytes(entry['peak_bytes'])} |"
+        )
+    return "\n".join(lines)
+
+
+def tables(result: dict) -> str:
+    """Those of dense logits, of LM heads and of top-k teachers, as far as they were measured; the
+    first line says on what. Times are medians of loss and gradient in one run."""
+    entries = entries_of(result)
     machine = result["machine_info"]
     versions = ", ".join(
         f"{k} {machine[k]}" for k in ("torch", "triton", "liger-kernel", "trl") if machine.get(k)
@@ -45,24 +73,25 @@ def dense(entries: list[dict]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (name, V, distance), row in grouped(entries, "divergence", "V", "distance").items():
-        near = "" if distance == 1 else f", student within {distance} of the teacher"
+        near = "" if distance == 1 else f", within {distance}"
         floor = next(iter(row.values()))["floor_seconds"]
         lines.append(
             f"| {name}{near} | {V:,} | {ms(row, 'naive')} | {ms(row, 'compile')}"
             f" | {ms(row, 'liger')} | {ms(row, 'fastkd')} | {milliseconds(floor)}"
             f" | {ratio(row, 'naive', 'fastkd')} | {memory(row)} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines[:2], *filled(lines[2:])])
 
 
 def heads(entries: list[dict]) -> str:
     """One row per shape, trained or frozen head, and divergence."""
     lines = [
-        f"LM heads on both sides, from hidden states, {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
+        f"LM heads on both sides, from hidden states of widths H (student, teacher),"
+        f" {entries[0]['dtype'][6:]}, T = 2; “gemms”:"
         " the four matrix products alone (three where the head is frozen), timed in"
         " turns with each provider, and shown beside fastkd; the ratios are of times over gemms.",
         "",
-        "| rows × V | H, student and teacher | head | divergence | gemms | naive | torch.compile"
+        "| rows × V | H | head | divergence | gemms | naive | torch.compile"
         " | Liger fused | Liger chunked | TRL | fastkd | fastkd / gemms | naive / fastkd"
         " | extra memory, naive → fastkd |",
         "|--:|--:|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -79,7 +108,7 @@ def heads(entries: list[dict]) -> str:
             + f" | {over_floor(ours)} | {ratio(row, 'naive', 'fastkd', in_floors=True)}"
             f" | {memory(row)} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines[:2], *filled(lines[2:])])
 
 
 def topk(entries: list[dict]) -> str:
@@ -101,7 +130,16 @@ def topk(entries: list[dict]) -> str:
             f" | {ms(row, 'fastkd')} | {milliseconds(floor)}"
             f" | {ratio(row, 'naive', 'fastkd', in_floors=True)} | {memory(row)} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines[:2], *filled(lines[2:])])
+
+
+def filled(lines: list[str]) -> list[str]:
+    """A table's lines without the columns that were measured nowhere."""
+    cells = [line.strip().strip("|").split("|") for line in lines]
+    kept = [
+        column for column in zip(*cells, strict=True) if {x.strip() for x in column[2:]} != {"–"}
+    ]
+    return [f"|{'|'.join(row)}|" for row in zip(*kept, strict=True)]
 
 
 def grouped(entries: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
@@ -137,23 +175,30 @@ def over_floor(entry: dict | None) -> str:
 
 
 def memory(row: dict[str, dict]) -> str:
-    def mb(provider):
-        peak = row.get(provider, {}).get("peak_bytes")
-        return "–" if peak is None else f"{max(peak, 0) / 2**20:,.0f} MB"
+    naive, ours = (megabytes(row.get(x, {}).get("peak_bytes")) for x in ("naive", "fastkd"))
+    return f"{naive} → {ours}"
 
-    return f"{mb('naive')} → {mb('fastkd')}"
+
+def megabytes(peak: int | None) -> str:
+    return "–" if peak is None else f"{max(peak, 0) / 2**20:,.0f} MB"
 
 
 def rendered(text: str) -> str:
-    """README text with every table whose results exist brought up to date."""
+    """A page's text with every table whose results exist brought up to date."""
 
     def fill(match: re.Match) -> str:
-        result = load(match[1])
-        body = tables(result) if result else "Not measured yet."
-        return f"<!-- results: {match[1]} -->\n\n{body}\n\n<!-- end -->"
+        result = load(match[2])
+        render = short if match[3] else tables
+        body = render(result) if result else "Not measured yet."
+        return f"{match[1]}\n\n{body}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- results: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    marker = r"(<!-- results: (\w+)( short)? -->).*?<!-- end -->"
+    return re.sub(marker, fill, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+    import picture
+
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+    picture.write()

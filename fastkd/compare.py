@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import shards
+from fastkd.backends import buffers
 from fastkd.backends.backend import EAGER, Backend, backend
 from fastkd.backends.softmax import BUFFERS, block_rows
 from fastkd.divergences import Divergence
@@ -88,7 +89,10 @@ def _operator(
     wants: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
     """One opaque node for torch.compile."""
-    return _compare(Parcel(spec, numbers, tensors), labels, factors, wants)
+    result = _compare(Parcel(spec, numbers, tensors), labels, factors, wants)
+    if not any(wants):  # no backward pass will
+        buffers.trim()
+    return result
 
 
 @_operator.register_fake

@@ -170,6 +170,7 @@ class Divergence(Packed):
         return self, self.compensation(temperature)
 
     def __rmul__(self, weight: float | Tensor) -> Sum:
+        check_number("the weight of a divergence", weight)
         return Sum(tuple(weight * w for w, _ in self.parts), tuple(d for _, d in self.parts))
 
     __mul__ = __rmul__

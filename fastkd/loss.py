@@ -549,8 +549,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream, _rows):
         how = ctx.how
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        upstream = upstream.detach()
-        factors, link, *saved = ctx.saved_tensors
+        links, upstream = (ctx.saved_tensors[1], upstream), upstream.detach()
+        factors, _, *saved = ctx.saved_tensors
         saved = [x if kept is None else kept for x, kept in zip(saved, ctx.beside, strict=True)]
         if upstream.dim() and len(upstream) and upstream.stride(0) == 0:
             upstream = upstream[0]  # the factor of a sum over the rows, expanded
@@ -568,7 +568,7 @@ class _Loss(torch.autograd.Function):
             ]
         grads = [g if wanted else None for g, wanted in zip(grads, how.wants, strict=True)]
         if again:
-            grads = [g if g is None else _OnlyOnce.apply(g, link) for g in grads]
+            grads = [g if g is None else _OnlyOnce.apply(g, *links) for g in grads]
         if not torch.compiler.is_compiling():
             buffers.trim_after_backward()
         return (*[None] * 4, *grads, *[None] * (ctx.count - len(grads)))
@@ -576,10 +576,10 @@ class _Loss(torch.autograd.Function):
 
 class _OnlyOnce(torch.autograd.Function):
     """A gradient that must not be differentiated, nor pass for a constant: `link` ties it to the
-    student's graph."""
+    student's graph, `upstream` to that of its factor."""
 
     @staticmethod
-    def forward(ctx, grad, link):
+    def forward(ctx, grad, link, upstream):
         return grad.view_as(grad)
 
     @staticmethod

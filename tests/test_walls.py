@@ -74,6 +74,17 @@ def test_kernels_import_nothing_of_fastkd():
             assert path.name != "limits.py" or not within(name, ("torch", "triton")), (path, name)
 
 
+def test_few_parameters():
+    """At most eight; what has more is a contract (`kd_loss`), or a kernel."""
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name != "kd_loss":
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                kernel = node.name.endswith("_kernel")
+                assert kernel or len(arguments) <= 8, f"{path}:{node.lineno} {node.name}"
+
+
 def test_import_brings_torch_alone():
     """And no CUDA context; and the name `kernels` stays free for its owner."""
     unwanted = ("triton", "kernels", "matplotlib", "yaml", *TRAINERS)

@@ -161,6 +161,7 @@ def worker(rank, world, store):
                 assert all(torch.equal(b, bits[0]) for b in bits), "ranks differ"
             except AssertionError as error:
                 raise AssertionError(f"{backend}, {kind}, {settings}: {error}") from error
+    exchanges(part_of(x, low, high), labels, group)
     refused(part_of(x, low, high), labels, group)
     if world == 2:
         compiled(part_of(x, low, high), labels, group)
@@ -168,6 +169,45 @@ def worker(rank, world, store):
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads do not always survive the interpreter's own way out
+
+
+def exchanges(x, labels, group):
+    """How often the ranks meet in a call: the shards' sizes once, where something depends on them,
+    and what the rows need."""
+    os.environ["FASTKD_BACKEND"] = "eager"
+    calls, meet, add = [], dist.all_gather, dist.all_reduce
+    dist.all_gather = lambda *a, **k: (calls.append("gather"), meet(*a, **k))[1]
+    dist.all_reduce = lambda *a, **k: (calls.append("sum"), add(*a, **k))[1]
+    try:
+        head = LMHead(x["hidden"].clone().requires_grad_(), x["weight"])
+        sparse = TopK(x["ids"], x["logprobs"])
+        member = TopK(x["ids"], x["logprobs"], tail="renormalize")
+        mixture = Ensemble([x["other"], member])
+        for student, teacher, settings, expected in (
+            (x["logits"], x["other"], dict(), 2),
+            (x["logits"], x["other"], dict(divergence="reverse_kl"), 2),
+            (x["logits"], x["other"], dict(divergence="logit_mse"), 2 + 1),
+            (x["logits"], x["other"], dict(labels=labels, alpha=0.5), 2 + 1),
+            (x["logits"], x["other"], dict(labels=labels, return_parts=True), 2 + 1),
+            (x["logits"], x["other"], dict(vocab=45), 2 + 1),
+            (x["logits"], None, dict(labels=labels, alpha=0.0), 1 + 1),
+            (x["logits"], sparse, dict(), 1 + 1),
+            (x["logits"], sparse, dict(labels=labels, alpha=0.5, vocab=45), 1 + 1),
+            (x["logits"], mixture, dict(labels=labels, alpha=0.5), 2 + 2 + 1),
+            (head, x["other"], dict(labels=labels, alpha=0.5), 2 + 1),
+            (head, sparse, dict(labels=labels, alpha=0.5), 1 + 1),
+        ):
+            calls.clear()
+            settings = dict(settings)
+            kd_loss(student, teacher, settings.pop("labels", None), group=group, **settings)
+            gathered = calls.count("gather")
+            assert gathered == expected, f"{gathered} exchanges, not {expected}: {settings}"
+            assert calls.count("sum") == (student is head)
+    finally:
+        dist.all_gather, dist.all_reduce = meet, add
+    from fastkd import shards
+
+    torch.library.opcheck(shards.sizes._opoverload, (V, V, group.group_name, x["logits"]))
 
 
 def refused(x, labels, group):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, DIVERGENCES, every_divergence
+from common import DEVICE, DIVERGENCES, assert_same, every_divergence
 
 import fastkd
 from fastkd import Ensemble, LMHead, TopK, compare, kd_loss, reference
@@ -189,7 +189,7 @@ def test_frozen_parts_get_no_gradient(backend, monkeypatch):
         for x, expected in zip(parts, whole[1:], strict=True):
             assert (x.grad is not None) == x.requires_grad
             if x.requires_grad:
-                torch.testing.assert_close(x.grad.double(), expected)
+                assert_same(x.grad.double(), expected)
         assert bool(products) == ("weight" in names)
     with torch.no_grad():
         assert not kd_loss(student, teacher).requires_grad
@@ -263,8 +263,75 @@ def test_masked_rows_may_hold_anything(kind, backend, chunked):
         student.hidden[LABELS == -100] = float("nan")
         teacher.hidden[LABELS == -100] = float("inf")
     ours = run(kd_loss, student, teacher, LABELS)
-    torch.testing.assert_close(ours, expected)
+    assert_same(ours, expected)
     assert (ours[1][LABELS == -100] == 0).all()
+
+
+def spoilt(source, ignored):
+    """The source, with what cannot be where positions are ignored."""
+    if isinstance(source, TopK):
+        ids, logprobs = source.ids.clone(), source.logprobs.clone()
+        ids[ignored], logprobs[ignored] = 0, 5.0  # padding: repeated ids, no log-probabilities
+        ids[ignored][..., 1] = 999
+        return TopK(ids, logprobs, tail=source.tail)
+    z = source.clone()
+    z[ignored] = torch.nan
+    return z
+
+
+@pytest.mark.parametrize("by", ["labels", "token_weight", "shift"])
+@pytest.mark.parametrize("kind", ["dense", "bucket", "truncate", "renormalize", "mixture"])
+def test_rows_that_do_not_count_are_not_looked_at(by, kind, backend):
+    """Not their lists, log-probabilities, weights nor labels, whatever says that they do not."""
+    generator = torch.Generator().manual_seed(0)
+    student, z = (torch.randn(2, 6, V, generator=generator).to(DEVICE) for _ in range(2))
+    labels = torch.randint(V, (2, 6), generator=generator).to(DEVICE)
+    ignored = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
+    ignored[0, 4:] = ignored[1, 2] = True
+    options, rows = {}, ignored
+    if by == "token_weight":
+        options["token_weight"] = (~ignored).float()
+        bad = labels.masked_fill(ignored, 10_000)  # a label as good as none
+    else:
+        bad = labels = labels.masked_fill(ignored, -100)
+    if by == "shift":
+        options["shift"] = True
+        rows = torch.nn.functional.pad(ignored[:, 1:], (0, 1), value=True)
+    logprobs, ids = z.log_softmax(-1).topk(4)
+    clean = z
+    if kind in ("bucket", "truncate", "renormalize"):
+        clean = TopK(ids, logprobs, tail=kind)
+    elif kind == "mixture":
+        share = torch.rand(2, 6, device=DEVICE) + 0.1
+        lists = TopK(ids, logprobs, tail="renormalize")
+        clean = Ensemble([z, lists], [share, 1.0])
+    if kind == "mixture":
+        wrong = share.masked_fill(rows, -1.0)
+        members = [spoilt(z, rows), spoilt(lists, rows)]
+        dirty = Ensemble(members, [wrong, 1.0])
+    else:
+        dirty = spoilt(clean, rows)
+    options |= dict(divergence="skew_forward_kl", alpha=0.5)
+    expected = run(kd_loss, student.requires_grad_(), clean, labels, **options)
+    ours = run(kd_loss, student.masked_fill(rows[..., None], torch.nan), dirty, bad, **options)
+    assert_same(ours, expected)
+
+
+class Louder(LMHead):
+    """A subclass is itself on the other side of the operator."""
+
+    def reader(self, ask):
+        reader = super().reader(ask)
+        quiet = reader.logits
+        reader.logits = lambda low, high: quiet(low, high).mul_(2)
+        return reader
+
+
+def test_subclasses_are_themselves(backend):
+    hidden, weight = torch.randn(4, H, device=DEVICE), torch.randn(V, H, device=DEVICE)
+    student = torch.randn(4, V, device=DEVICE)
+    expected = kd_loss(student, LMHead(hidden, weight, scale=2.0))
+    torch.testing.assert_close(kd_loss(student, Louder(hidden, weight)), expected)
 
 
 # --- Unequal vocabularies ------------------------------------------------
@@ -486,9 +553,7 @@ def test_activation_checkpointing(reentrant, backend):
     value = outer(student, teacher).double()
     student.hidden.grad = student.weight.grad = None
     outer(student, teacher).backward()
-    torch.testing.assert_close(
-        [value, student.hidden.grad.double(), student.weight.grad.double()], expected
-    )
+    assert_same([value, student.hidden.grad.double(), student.weight.grad.double()], expected)
 
 
 def test_graph_can_be_kept():

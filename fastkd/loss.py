@@ -549,8 +549,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream, _rows):
         how = ctx.how
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        links, upstream = (ctx.saved_tensors[1], upstream), upstream.detach()
-        factors, _, *saved = ctx.saved_tensors
+        factors, link, *saved = ctx.saved_tensors
+        links, upstream = (link, upstream), upstream.detach()
         saved = [x if kept is None else kept for x, kept in zip(saved, ctx.beside, strict=True)]
         if upstream.dim() and len(upstream) and upstream.stride(0) == 0:
             upstream = upstream[0]  # the factor of a sum over the rows, expanded

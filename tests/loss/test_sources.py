@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, DIVERGENCES, assert_same, every_divergence
+from common import COMPILER, DEVICE, DIVERGENCES, assert_same, every_divergence
 
 import fastkd
 from fastkd import Ensemble, LMHead, TopK, compare, kd_loss, reference
@@ -483,7 +483,7 @@ def test_compiles_without_graph_break(pair, reduction, chunked):
         return parts.loss * 3 + parts.top1_agreement
 
     expected = torch.autograd.grad(step(*tensors_of(student)).sum(), tensors_of(student))
-    compiled = torch.compile(step, fullgraph=True)(*tensors_of(student))
+    compiled = torch.compile(step, fullgraph=True, backend=COMPILER)(*tensors_of(student))
     torch.testing.assert_close(
         torch.autograd.grad(compiled.sum(), tensors_of(student)), expected, rtol=1e-4, atol=1e-6
     )
@@ -533,7 +533,7 @@ def test_compiles_for_any_layout():
         return kd_loss(LMHead(h.t(), w.t()), teacher, temperature=2.0)
 
     expected = torch.autograd.grad(step(hidden, weight), (hidden, weight))
-    compiled = torch.compile(step, fullgraph=True)(hidden, weight)
+    compiled = torch.compile(step, fullgraph=True, backend=COMPILER)(hidden, weight)
     torch.testing.assert_close(torch.autograd.grad(compiled, (hidden, weight)), expected)
 
 

@@ -159,14 +159,10 @@ def kd_loss(
     """
     _check_settings(
         dict(
-            temperature=temperature,
-            alpha=alpha,
-            reduction=reduction,
-            vocab=vocab,
-            ignore_index=ignore_index,
-            workspace_bytes=workspace_bytes,
-        )  # fmt: skip
-    )
+            temperature=temperature, alpha=alpha, reduction=reduction, vocab=vocab,
+            ignore_index=ignore_index, workspace_bytes=workspace_bytes,
+        )
+    )  # fmt: skip
     d = divergences.get(divergence)
     for name, x in (("labels", labels), ("token_weight", token_weight)):
         if shards.is_dtensor(x):
@@ -175,100 +171,58 @@ def kd_loss(
     group = "" if group is None else shards.name_of(group)
     s = as_source("student", student)
     t = None if teacher is None else as_source("teacher", teacher)
-    _check_transforms(s)
     _check_student(s, shift)
     _check_teacher(s, t, d, temperature, alpha)
     _check_rows(s, labels, token_weight, alpha)
     _check_num_items(num_items, reduction, s.device)
     n = _check_vocabulary(s, t, vocab, sharded=bool(group))
+
     # What has no part in loss and report is not read.
     learns = isinstance(alpha, Tensor) or alpha > 0
-    t = t if learns or return_parts else None
-    wants_entropy = labels is not None and (
-        isinstance(alpha, Tensor) or alpha < 1 or return_parts or t is None
-    )
-
-    leading, dtype = s.leading, torch.float64 if s.dtype == torch.float64 else torch.float32
-    per_position = isinstance(alpha, Tensor) and alpha.shape == leading != ()
-    if token_weight is None:
-        weight = torch.ones(leading, dtype=dtype, device=s.device)
-    else:
-        weight = token_weight.to(dtype)
-    labels = None if labels is None else labels.long()
-    if shift and leading[-1]:
-        weight = F.pad(weight[..., 1:], (0, 1))
-        labels = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        alpha = F.pad(alpha[..., 1:], (0, 1)) if per_position else alpha
-    if labels is not None:
-        weight = weight.masked_fill(labels == ignore_index, 0)
-    counts = weight != 0
-    sizes = None
-    if group and _needs_sizes(s, t, labels, d, vocab):
-        sizes = shards.sizes(s.entries, n, group, weight)
-    if labels is not None:
-        size = s.entries if sizes is None else sizes[:, 0].sum()
-        require_ids("labels", labels, ~counts, size, "ignore_index")
-        labels = labels.masked_fill(~counts, 0).reshape(-1)
-    if t is not None:
-        if sizes is not None:
-            n = {"strict": sizes[:, 0].sum(), "shared": sizes[:, 1].sum()}.get(vocab, vocab)
-        t.check_rows(counts, n, vocab == "strict")
-    if isinstance(alpha, Tensor):
-        holds = (alpha >= 0) & (alpha <= 1)
-        holds = holds | ~counts if per_position else holds
-        require(holds, "alpha must be in [0, 1], got {}", alpha)
-        alpha = alpha.to(dtype)
-        alpha = alpha.masked_fill(~counts, 0).reshape(-1) if per_position else alpha
-
-    weight = weight.reshape(-1)
-    total = None
-    if reduction == "mean":
-        total = weight.sum() if num_items is None else num_items
-    coefficient = weight
-    if isinstance(total, Tensor):
-        coefficient = weight / torch.where(total == 0, 1, total)
-    elif total is not None:
-        coefficient = weight / (total or 1)
-    d, c = d.compensated(temperature) if compensate else (d, 1.0)
-    factors = torch.stack((coefficient, coefficient * (alpha * c), coefficient * (1 - alpha)))
-    autocast = torch.is_autocast_enabled(s.device.type)
+    if not (learns or return_parts):
+        t = None
     if t is None:
         temperature, vocab = 1.0, "strict"
+    at = _positions(s, labels, token_weight, alpha, shift, ignore_index)
+    sizes = None
+    if group and _needs_sizes(s, t, labels, d, vocab):
+        sizes = shards.sizes(s.entries, n, group, at.weight)
+        n = {"strict": sizes[:, 0].sum(), "shared": sizes[:, 1].sum()}.get(vocab, vocab)
+    if labels is not None:
+        size = s.entries if sizes is None else sizes[:, 0].sum()
+        require_ids("labels", at.labels, ~at.counts, size, "ignore_index")
+    if t is not None:
+        t.check_rows(at.counts, n, vocab == "strict")
+    wants_entropy = labels is not None and (not _is_one(alpha) or return_parts)
+
+    weight = _shares(at.weight.reshape(-1), reduction, num_items)
+    d, c = d.compensated(temperature) if compensate else (d, 1.0)
+    factors = torch.stack((weight, weight * (at.alpha * c), weight * (1 - at.alpha)))
     call = Call(
         s, t, d, temperature, vocab, return_parts, learns, workspace_bytes or WORKSPACE_BYTES,
-        str(torch.get_autocast_dtype(s.device.type)).removeprefix("torch.") if autocast else "",
-        group, sizes,
+        _autocast_of(s.device), group, sizes,
     )  # fmt: skip
     spec, numbers, tensors = pack(call)
+    wants = [x.requires_grad and torch.is_grad_enabled() for x in tensors_of(s)]
     # In the backward pass, where the upstream factors are known: fp16 would lose small gradients in
     # a cast before, and a weight's gradient cannot be scaled row by row after.
     in_backward = s.dtype == torch.float16 or (reduction == "none" and not s.row_by_row)
-    overwrites = inplace and isinstance(s, Dense) and s.logits.is_contiguous()
-    overwrites = overwrites and not torch.compiler.is_compiling()
-    overwrites = overwrites and not (s.logits.is_leaf and s.logits.requires_grad)
-    wants = [x.requires_grad and torch.is_grad_enabled() for x in tensors_of(s)]
+    overwrites = inplace and _may_overwrite(s)
     how = _How(spec, numbers, wants, in_backward, reduction == "none", overwrites)
-    loss, rows = _Loss.apply(
-        how, labels if wants_entropy else None, factors.detach(), _link(tensors, wants), *tensors
-    )
-    loss = loss.view(leading) if reduction == "none" else loss
+    targets = at.labels.masked_fill(~at.counts, 0).reshape(-1) if wants_entropy else None
+    loss, rows = _Loss.apply(how, targets, factors.detach(), _link(tensors, wants), *tensors)
+    loss = loss.view(s.leading) if reduction == "none" else loss
     if not return_parts:
         return loss
-    rows = rows * coefficient
-    rows = rows.unflatten(1, leading) if reduction == "none" else rows.sum(1)
+    rows = rows * weight
+    rows = rows.unflatten(1, s.leading) if reduction == "none" else rows.sum(1)
     parts = dict(zip(MEASURES, rows, strict=True))
+    known = {"divergence": t is not None, "cross_entropy": wants_entropy}
     softmax = t is not None and any(part.kind != "logits" for _, part in d.parts)
-    return KDParts(
-        loss,
-        parts["divergence"] if t is not None else None,
-        parts["cross_entropy"] if wants_entropy else None,
-        counts.sum(),
-        *(
-            parts[name] if softmax else None
-            for name in ("teacher_entropy", "student_entropy", "agreement")
-        ),
-        parts["teacher_mass"] if t is not None and t.sparse else None,
-    )
+    known |= dict.fromkeys(MEASURES[2:5], softmax)
+    known["teacher_mass"] = t is not None and t.sparse
+    kd, ce, *others = (parts[name] if known[name] else None for name in MEASURES)
+    return KDParts(loss, kd, ce, at.counts.sum(), *others)
 
 
 class Settings(TypedDict, total=False):
@@ -376,6 +330,65 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
+def _is_one(alpha: float | Tensor) -> bool:
+    return not isinstance(alpha, Tensor) and alpha == 1
+
+
+class _Positions(NamedTuple):
+    """What is said of every position, as the logits are numbered."""
+
+    weight: Tensor  # (...), 0 where a position counts nowhere
+    counts: Tensor  # (...) bool
+    labels: Tensor | None  # (...) int64
+    alpha: float | Tensor  # a number, or (T,)
+
+
+def _positions(s: Source, labels, token_weight, alpha, shift: bool, ignore_index: int):
+    leading, dtype = s.leading, torch.float64 if s.dtype == torch.float64 else torch.float32
+    if token_weight is None:
+        weight = torch.ones(leading, dtype=dtype, device=s.device)
+    else:
+        weight = token_weight.to(dtype)
+    labels = None if labels is None else labels.long()
+    per_position = isinstance(alpha, Tensor) and alpha.dim() > 0
+    if shift and leading[-1]:
+        weight = F.pad(weight[..., 1:], (0, 1))
+        labels = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        alpha = F.pad(alpha[..., 1:], (0, 1)) if per_position else alpha
+    if labels is not None:
+        weight = weight.masked_fill(labels == ignore_index, 0)
+    counts = weight != 0
+    if isinstance(alpha, Tensor):
+        alpha = alpha.masked_fill(~counts, 0) if per_position else alpha
+        require((alpha >= 0) & (alpha <= 1), "alpha must be in [0, 1], got {}", alpha)
+        alpha = alpha.to(dtype).reshape(-1) if per_position else alpha.to(dtype)
+    return _Positions(weight, counts, labels, alpha)
+
+
+def _shares(weight: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
+    """Each row's share in the loss."""
+    if reduction != "mean":
+        return weight
+    total = weight.sum() if num_items is None else num_items
+    if isinstance(total, Tensor):
+        return weight / torch.where(total == 0, 1, total)
+    return weight / (total or 1)
+
+
+def _autocast_of(device: torch.device) -> str:
+    """The type of the caller's autocast, or ""."""
+    if not torch.is_autocast_enabled(device.type):
+        return ""
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+
+
+def _may_overwrite(s: Source) -> bool:
+    """Whether the gradient may go where the logits are: not a leaf's, which are somebody's data."""
+    if not isinstance(s, Dense) or torch.compiler.is_compiling():
+        return False
+    return s.logits.is_contiguous() and not (s.logits.is_leaf and s.logits.requires_grad)
+
+
 def _check_transforms(s: Source) -> None:
     if torch.compiler.is_compiling():
         return
@@ -409,6 +422,7 @@ def _check_num_items(num_items, reduction: str, device: torch.device) -> None:
 
 
 def _check_student(s: Source, shift: bool) -> None:
+    _check_transforms(s)
     if type(s).student is Source.student:
         raise TypeError(
             "student must be a tensor of logits, an LMHead or another source with gradients, got"

@@ -69,7 +69,7 @@ def test_an_editable_install_is_found_beside_the_clone(clone):
 
 def test_a_wheel_made_of_the_source_distribution_holds_every_file(clone, tmp_path):
     """The link to kernels/ becomes a folder."""
-    build = "import setuptools.build_meta as b; b.build_sdist({!r})".format(str(tmp_path))
+    build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
     python(clone, "-c", build)
     (archive,) = tmp_path.glob("*.tar.gz")
     wheel = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index")

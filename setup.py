@@ -52,8 +52,7 @@ setup(
             "pytest-benchmark>=4",
             "pytest-xdist>=3",
             "ruff>=0.8",
-            "setuptools>=64",
-            "wheel>=0.40",
+            "setuptools>=70.1",  # the first that needs no other package for wheels
         ],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},

@@ -19,6 +19,8 @@ from fastkd.sources import LMHead
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE_TOKENS = 8
+# Wrappers of which the head is not seen: compiled, sharded, copied to other devices.
+WHOLE = ("OptimizedModule", "FullyShardedDataParallel", "DataParallel")
 LABELS = ("labels", "shift_labels")  # with these a model computes its own loss
 
 # Of each causal LM: what the answer rests on, objects and numbers; the answer of `_probe`.
@@ -145,13 +147,13 @@ def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:
 
 
 def _interferes(module: nn.Module) -> bool:
-    """Whether something else reads what the module makes, or replaces the module's code."""
+    """Whether something else reads what the module makes, or runs other code than the module's."""
     return bool(
         module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
-        or type(module).__name__ in ("OptimizedModule", "FullyShardedDataParallel")
+        or type(module).__name__ in WHOLE
     )
 
 

@@ -70,6 +70,7 @@ def main():
         check(f"{name}, tied", wrap, LMHead, tied=True)
         check(f"{name}, body frozen", wrap, LMHead, change=body_frozen)
     check("fully_shard", sharded, torch.Tensor)
+    dist.barrier()  # or one may end while the other still hears from it
     dist.destroy_process_group()
 
 

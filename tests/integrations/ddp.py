@@ -3,6 +3,7 @@ test_transformers.py under torchrun. Prints one line for each case."""
 
 from functools import partial
 
+import peft
 import torch
 import torch.distributed as dist
 from tiny_lms import batch, gradients, loss, tiny
@@ -28,16 +29,31 @@ def step(student, teacher, inputs, num_items, factor):
 
 def body_frozen(model):
     model.model.requires_grad_(False)
+    return model
 
 
-def check(name, wrap, kind, tied=False, change=lambda model: None):
+def with_spare(model):
+    model.register_parameter("spare", torch.nn.Parameter(torch.ones(3)))
+    return model
+
+
+def checkpointed(model):
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def adapted(model):
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    return peft.get_peft_model(model, config)
+
+
+def check(name, wrap, kind, tied=False, change=lambda model: model):
     rank, world = dist.get_rank(), dist.get_world_size()
     whole, teacher = batch(rows=2 * world), tiny(1)
     num_items = (whole["labels"][:, 1:] != -100).sum()
     mine = {k: x[2 * rank : 2 * rank + 2] for k, x in whole.items()}
-    alone, shared = (tiny(0, tie_word_embeddings=tied) for _ in range(2))
-    for model in (alone, shared):
-        change(model)
+    alone, shared = (change(tiny(0, tie_word_embeddings=tied)) for _ in range(2))
     step(alone, teacher, whole, num_items, 1)
     wrapper = wrap(shared)
     for _ in range(2):  # the reducer rebuilds its buckets after the first
@@ -69,6 +85,9 @@ def main():
         check(name, wrap, LMHead)
         check(f"{name}, tied", wrap, LMHead, tied=True)
         check(f"{name}, body frozen", wrap, LMHead, change=body_frozen)
+        check(f"{name}, checkpointed", wrap, LMHead, change=checkpointed)
+        check(f"{name}, adapted", wrap, LMHead, change=adapted)
+    check("unused", partial(DDP, find_unused_parameters=True), LMHead, change=with_spare)
     check("fully_shard", sharded, torch.Tensor)
     dist.barrier()  # or one may end while the other still hears from it
     dist.destroy_process_group()

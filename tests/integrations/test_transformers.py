@@ -203,6 +203,7 @@ def test_models_are_left_as_they_were_after_an_error():
 def test_two_processes_have_the_gradients_of_one():
     """Under DistributedDataParallel, whichever way it finds what the backward pass reaches, and
     under fully_shard; of the head too, tied or alone."""
+    pytest.importorskip("peft")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).with_name("ddp.py"))
@@ -210,4 +211,4 @@ def test_two_processes_have_the_gradients_of_one():
         [*launch, script], env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.split("ok ")) == 1 + 10, done.stdout
+    assert done.stdout.count("ok ") == 17, done.stdout

@@ -1,12 +1,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# What this CPU has of the instruction sets that torch's kernels are compiled for.
+CPUS := default $(shell grep -m1 -ow avx2 /proc/cpuinfo) $(if $(shell grep -m1 avx512vl /proc/cpuinfo),avx512)
+TEST_CPUS := $(CPUS:%=test-cpu-%)
+TEST_TORCHES := test-torch-lowest test-torch-newest
 
-.PHONY: distill test lint bench tables
+.PHONY: distill test test-cpus $(TEST_CPUS) $(TEST_TORCHES) lint bench tables docs
 distill: .venv/installed  ## set up .venv and run the main job on real text
 	$(BIN)/fastkd distill
 
 test: .venv/installed  ## the test suite, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+# The loss's tests on every kind of CPU, with one thread and two, and with the lowest and the newest
+# torch that setup.py allows, each in a .venv of its own. `make -k test-cpus` goes on after a failure.
+test-cpus: $(TEST_CPUS) $(TEST_TORCHES)
+
+$(TEST_CPUS): test-cpu-%: .venv/installed
+	for threads in 1 2; do ATEN_CPU_CAPABILITY=$* OMP_NUM_THREADS=$$threads \
+	  $(BIN)/python -m pytest -q -n auto tests/loss || exit 1; done
+
+$(TEST_TORCHES): test-torch-%: .venv-%/installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n auto tests/loss
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -18,7 +33,17 @@ bench: .venv/installed  ## the CPU benchmarks; then `make tables`
 tables: .venv/installed  ## the README's tables from benchmarks/results
 	$(BIN)/python benchmarks/table.py
 
+docs: .venv/installed  ## the pages of docs/, in site/
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[triton,train,lora,dev]'
+	touch $@
+
+.venv-%/installed: setup.py $(wildcard constraints-*.txt)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q --disable-pip-version-check \
+	  $(addprefix -c ,$(wildcard constraints-$*.txt)) -e '.[triton,dev]'
 	touch $@

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="fastkd",
@@ -8,24 +8,34 @@ setup(
     description="Fused knowledge-distillation losses over huge vocabularies, with exact gradients",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The fastkd authors",
     license="Apache-2.0",
-    python_requires=">=3.10",
-    # kernels/ stays on top of the repository and is imported as fastkd.kernels (fastkd/kernels is a
-    # link to it): the import name `kernels` belongs to another package.
-    packages=[
-        "fastkd",
-        "fastkd.backends",
-        "fastkd.demo",
-        "fastkd.integrations",
-        "fastkd.kernels",
-        "fastkd.recipes",
-        "fastkd.training",
+    license_files=["LICENSE"],
+    keywords=["knowledge distillation", "language models", "pytorch", "triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
-    package_dir={"fastkd.kernels": "kernels"},
+    python_requires=">=3.11",
+    # kernels/ stays on top of the repository and is imported as fastkd.kernels (fastkd/kernels is a
+    # link to it), without an __init__.py: the import name `kernels` belongs to another package.
+    packages=[*find_packages(include=["fastkd", "fastkd.*"]), "fastkd.kernels"],
+    # Said aloud, it makes an editable install a plain path. The finder that it would be instead
+    # comes after the namespace package that a clone named fastkd is to a script beside it.
+    package_dir={"": "."},
     package_data={"fastkd": ["py.typed"], "fastkd.demo": ["teacher/*"]},
-    install_requires=["torch>=2.6"],
+    install_requires=["torch>=2.8"],
     extras_require={
-        "triton": ["triton>=3.3"],
+        "triton": ["triton>=3.4"],  # the first with named tuples as a kernel's arguments
         "train": [
             "accelerate>=1.2",
             "datasets>=3.0",
@@ -34,13 +44,15 @@ setup(
             "tqdm>=4.65",
             "transformers>=5.0",
         ],
-        "lora": ["peft>=0.15"],
+        "lora": ["peft>=0.18"],  # the first for transformers 5
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-xdist>=3",
             "ruff>=0.8",
+            "setuptools>=70.1",  # the first that needs no other package for wheels
         ],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},

@@ -3,10 +3,11 @@ makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -18,39 +19,94 @@ from fastkd.sources import LMHead
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE_TOKENS = 8
+# Wrappers of which the head is not seen: compiled, sharded, copied to other devices.
+WHOLE = ("OptimizedModule", "FullyShardedDataParallel", "DataParallel")
+LABELS = ("labels", "shift_labels")  # with these a model computes its own loss
+
+# Of each causal LM: what the answer rests on, objects and numbers; the answer of `_probe`.
+_known: WeakKeyDictionary[nn.Module, tuple[tuple, tuple, tuple | None]] = WeakKeyDictionary()
+# Of each wrapper: whether it returns the causal LM's logits as they are.
+_returns_logits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Head(NamedTuple):
     """The layer that alone makes a model's logits; softcap and scale are those of `LMHead`."""
 
+    model: nn.Module  # the causal LM itself, without wrappers
     linear: nn.Linear
     softcap: float | None
     scale: float
 
-    def source(self, hidden: Tensor) -> LMHead:
-        weight, bias = self.linear.weight, self.linear.bias
-        return LMHead(hidden, weight, bias, softcap=self.softcap, scale=self.scale)
+    def source(self, hidden: Tensor, dtype: torch.dtype | None = None) -> LMHead:
+        """The logits of its inputs (..., H); multiplied in `dtype`, if one is given."""
+        factors = hidden, self.linear.weight, self.linear.bias
+        if dtype is not None:
+            factors = [x if x is None else x.to(dtype) for x in factors]
+        if not torch.is_grad_enabled():
+            factors = [x if x is None else x.detach() for x in factors]
+        return LMHead(*factors, softcap=self.softcap, scale=self.scale)
+
+
+def causal_lm(model: nn.Module) -> nn.Module | None:
+    """The language model with a head that `model` is, or has inside: of DDP, FSDP, a peft model,
+    a compiled model, a module of one's own. None where there is none, or more than one."""
+    found = None
+    for module in model.modules():
+        # On the class: a peft model hands on the names of what it wraps.
+        if hasattr(type(module), "get_output_embeddings") and hasattr(module, "config"):
+            if module.get_output_embeddings() is not None:
+                if found is None:
+                    found, inside = module, set(module.modules())
+                elif module not in inside:
+                    return None
+    return found
 
 
 @torch.no_grad()
-def find_head(model: Any, ids: Tensor) -> Head | None:
-    """The head of a causal LM, if its logits are what `LMHead` says of it and nothing else; None
-    where the model must make them.
+def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
+    """The head of a causal LM, wrapped or not, if its logits are what `LMHead` says of it and
+    nothing else; None where the model must make them: an adapter on the head, hooks on it or on
+    the model, a quantised, offloaded or sharded head, a compiled model, logits that something else
+    changes.
 
     The configuration only names candidates for scale and softcap. What the model makes of a few
-    tokens of `ids` (N, length) decides, under the autocast of the caller.
+    tokens of `ids` (N, length) decides, under the autocast of the caller; default: the first of its
+    vocabulary. That costs two forward passes of 8 tokens of the model without its wrappers, in
+    evaluation mode; modes and random states are left as they were. The answer is kept for as long
+    as the model has this head, with this weight.
     """
-    linear = getattr(model, "get_output_embeddings", lambda: None)()
+    owner = causal_lm(model)
+    linear = None if owner is None else owner.get_output_embeddings()
     # Nothing that adds to the layer (adapters, quantisation, offloading), and no shard of it.
     if (
         type(linear) is not nn.Linear
         or "forward" in vars(linear)
         or type(linear.weight) is not nn.Parameter
         or linear.weight.shape != (linear.out_features, linear.in_features)
+        or getattr(owner.config, "is_encoder_decoder", False)
+        or any(_interferes(module) for module in (linear, *_around(model, owner)))
     ):
         return None
+    scales, softcaps = (_numbers(owner, names) for names in (SCALES, SOFTCAPS))
+    objects = linear, linear.weight, linear.bias
+    numbers = id(type(owner).forward), id(vars(owner).get("forward")), *scales, None, *softcaps
+    refs, known, found = _known.get(owner, ((), (), None))
+    if known != numbers or any(x is not y() for x, y in zip(objects, refs, strict=True)):
+        if ids is None:
+            ids = torch.arange(PROBE_TOKENS)[None] % linear.out_features
+        found = _probe(owner, linear, ids, scales, softcaps)
+        refs = tuple((lambda: None) if x is None else ref(x) for x in objects)
+        _known[owner] = refs, numbers, found
+    return None if found is None else Head(owner, linear, *found)
 
-    def probe(factor: float) -> tuple[list[Tensor], Tensor]:
+
+def _probe(
+    model: nn.Module, linear: nn.Linear, ids: Tensor, scales: list[float], softcaps: list[float]
+) -> tuple[float | None, float] | None:
+    """The softcap and scale that make the model's logits of its head's product."""
+    ids = ids[:1, :PROBE_TOKENS].to(linear.weight.device)
+
+    def run(factor: float) -> tuple[list[Tensor], Tensor]:
         seen = []
 
         def forward(input):
@@ -59,27 +115,46 @@ def find_head(model: Any, ids: Tensor) -> Head | None:
             return seen[-1]
 
         with _forward_of(linear, forward):
-            own = model(input_ids=ids[:1, :PROBE_TOKENS], use_cache=False).logits
+            own = _logits(model(input_ids=ids, use_cache=False))
         return seen, own
 
     modes = {module: module.training for module in model.modules()}
+    gpus = [ids.device.index] if ids.device.type == "cuda" else []
     try:
         model.eval()
-        probes = [probe(1.0)]
-        # And larger logits: a cap that small ones do not feel would be missed.
-        probes.append(probe(100 / max(probes[0][1].abs().max().item(), 1e-3)))
+        with torch.random.fork_rng(gpus):
+            probes = [run(1.0)]
+            # And larger logits: a cap that small ones do not feel would be missed.
+            probes.append(run(100 / max(probes[0][1].abs().max().item(), 1e-3)))
     finally:
         for module, training in modes.items():
             module.training = training
     if any(len(seen) != 1 for seen, _ in probes):
         return None
-    scales, softcaps = (_numbers(model, names) for names in (SCALES, SOFTCAPS))
     for softcap, scale in product([*softcaps, None], [*scales, *(1 / x for x in scales), 1.0]):
         if scale != 1 and linear.bias is not None:
             continue  # it would be scaled too
         if all(_agree(z, own, softcap, scale) for (z,), own in probes):
-            return Head(linear, softcap, scale)
+            return softcap, scale
     return None
+
+
+def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:
+    """The causal LM and what it is wrapped in."""
+    path = next(name for name, module in model.named_modules() if module is owner).split(".")
+    names = [".".join(path[:i]) for i in range(len(path) + 1)]
+    return [model.get_submodule(name) for name in names]
+
+
+def _interferes(module: nn.Module) -> bool:
+    """Whether something else reads what the module makes, or runs other code than the module's."""
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or type(module).__name__ in WHOLE
+    )
 
 
 def _numbers(model: Any, names: tuple[str, ...]) -> list[float]:
@@ -88,34 +163,90 @@ def _numbers(model: Any, names: tuple[str, ...]) -> list[float]:
     return [x for x in values if isinstance(x, float | int) and x > 0]
 
 
-def logits_of(model: Any, head: Head | None, batch: dict[str, Tensor]) -> Tensor | LMHead:
+def logits_of(model: nn.Module, head: Head | None, batch: Mapping[str, Any]) -> Tensor | LMHead:
     """A causal LM's logits for `kd_loss`: as `LMHead`, where `head` is what `find_head` found.
 
-    The forward pass is the model's own, or that of its wrapper for data parallelism, but for its
-    last product: the head keeps the hidden state that it is given.
+    The forward pass is the model's own, or that of its wrapper, but for its last product: the
+    hidden state that the head is given is returned instead of logits. So it takes the wrapper's
+    way out, where DistributedDataParallel looks for what the backward pass will reach.
+
+    Args:
+        model: the causal LM, wrapped or not; called without a cache (with one, models ignore the
+            position ids of packed documents), and without labels.
+        batch: the model's keyword arguments.
     """
-    if head is None:
-        return model(**batch, use_cache=False).logits
-    seen = []
+    inputs = {name: x for name, x in batch.items() if name not in LABELS} | {"use_cache": False}
+    if head is None or not _returns_logits.get(model, True):
+        return _logits(model(**inputs))
+    linear, seen, types = head.linear, [], []
+    own_forward = head.model.forward
 
-    def forward(input):
-        seen.append(input)
+    def head_forward(input):
+        kind, dtype = input.device.type, linear.weight.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        types.append(dtype)
+        # A frozen body needs no gradient, but a wrapper may wait for one.
+        wrapped = model is not head.model
+        seen.append(_Tied.apply(input, linear.weight, linear.bias) if wrapped else input)
         # As in generation, for one position; nobody reads it.
-        return input.new_zeros(*input.shape[:-2], 1, head.linear.out_features)
+        return input.new_zeros(*input.shape[:-2], 1, linear.out_features)
 
-    with _forward_of(head.linear, forward):
-        model(**batch, use_cache=False)
-    (hidden,) = seen
-    return head.source(hidden)
+    def forward(*args, **kwargs):
+        output = own_forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (*seen, *output[1:])
+        (output.logits,) = seen
+        return output
+
+    with _forward_of(linear, head_forward), _forward_of(head.model, forward):
+        hidden = _logits(model(**inputs))
+    if model is not head.model and model not in _returns_logits:
+        _returns_logits[model] = _equal(hidden, *seen)
+        if not _returns_logits[model]:
+            return _logits(model(**inputs))
+    (dtype,) = types
+    # Where autocast ended with the forward pass, the product is still in its type.
+    under_autocast = torch.is_autocast_enabled(hidden.device.type)
+    return head.source(hidden.to(seen[0].dtype), None if under_autocast else dtype)
+
+
+class _Tied(torch.autograd.Function):
+    """The hidden state, as if the head had been used: `kd_loss` uses it after the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias):
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+def _logits(output: Any) -> Tensor:
+    """Of a model's output, without labels."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.logits
+
+
+@torch.no_grad()
+def _equal(x: Tensor, y: Tensor) -> bool:
+    """But for a cast; NaN is equal to itself."""
+    return x.shape == y.shape and torch.equal(x.nan_to_num(), y.to(x.dtype).nan_to_num())
 
 
 @contextmanager
 def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    before = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _agree(product: Tensor, own: Tensor, softcap: float | None, scale: float) -> bool:

@@ -34,12 +34,11 @@ tables: .venv/installed  ## the README's tables from benchmarks/results
 	$(BIN)/python benchmarks/table.py
 
 docs: .venv/installed  ## the pages of docs/, in site/
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[triton,train,lora,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[triton,train,lora,docs,dev]'
 	touch $@
 
 .venv-%/installed: setup.py $(wildcard constraints-*.txt)

@@ -45,7 +45,7 @@ setup(
             "transformers>=5.0",
         ],
         "lora": ["peft>=0.18"],  # the first for transformers 5
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "dev": [
             "hypothesis>=6.100",
             "pytest>=8",

@@ -71,7 +71,7 @@ def compare(
         the tensors' shapes; empty tensors for those not wanted.
     """
     # `_Loss` differentiates, not the operator.
-    parcel = parcel._replace(tensors=[x.detach() for x in parcel.tensors])
+    parcel = Parcel(parcel.spec, parcel.numbers, [x.detach() for x in parcel.tensors])
     if inplace and any(wants):
         result = _compare(parcel, labels, factors, wants, True)
         torch.autograd.graph.increment_version(parcel.tensors[0])

@@ -1,7 +1,7 @@
 """Dense logits: one algorithm for every divergence, in three phases over the vocabulary.
 
     statistics  the running maximum and sum of exponentials of each side
-    value       Σ value_v and Σ slope_v of the divergence's term
+    value       Σ value_v and Σ slope_v of the divergence's terms
     gradient    (slope_v - q_v Σ slope) / T; in the value phase already where Σ slope is known
 
 A row is shared by SPLIT programs, a team, each of which owns TILES blocks of the vocabulary; they
@@ -16,55 +16,95 @@ pass through the buffer goes through the caller's `gather`.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-NEG_INF = tl.constexpr(float("-inf"))
-DEAD = tl.constexpr(
-    -1e30
-)  # a logit at or below this is -inf: torch.finfo(dtype).min is a common mask
-LOG_FLOOR = tl.constexpr(-1e4)  # stands for log 0
-# (maximum, sum) of: student, teacher, student at T = 1, mixed logits. Kind "logits" has instead
-# the number of entries and Σ of the differences, nothing and the number of differences.
+from . import launch
+from .block import (
+    DEAD,
+    LN_2,
+    LOG2_E,
+    NEG_INF,
+    PER_PART,
+    accumulate,
+    int64,
+    load_logits,
+    log_softmax,
+    no_entries,
+    read_numbers,
+    row_start,
+    store_zeros,
+    with_infinity,
+)
+from .launch import Numbers, scale_
+
+__all__ = ["dense", "scale_"]
+
+# (maximum, sum) of: student, teacher, student at T = 1, mixed logits. With a divergence of the
+# logits themselves also: entries, Σ of the differences, differences, nothing.
 STATS = tl.constexpr(8)
+ALL_STATS = tl.constexpr(12)
+
+
+class Pointers(NamedTuple):
+    """The tensors of a launch."""
+
+    student: object
+    teacher: object
+    labels: object
+    factors: object
+    stats: object
+    sums: object
+    cross_entropy: object  # before phase 2, the label's logit
+    grad: object
+    flags: object  # of rows: how many programs have done phase 1; and T further on, phase 2
+    numbers: object
+
+
+class Sizes(NamedTuple):
+    """Shapes and strides of a launch."""
+
+    T: object
+    n: object
+    V: object
+    s_len: object
+    s_outer: object
+    s_inner: object
+    t_len: object
+    t_outer: object
+    t_inner: object
+    factor_stride: object
+    number_stride: object
+
+
+class Sides(NamedTuple):
+    """What the statistics of a row say: (maximum, log2 of the sum) of each side at the divergence's
+    temperature, of the student at 1 and of the mixed logits; the mean difference of the logits,
+    and an entry's share in a mean."""
+
+    student: object
+    teacher: object
+    at_one: object
+    mixed: object
+    difference: object
+    share: object
 
 
 @triton.jit
-def _wide(i):
-    """Rows times V exceed 32 bits."""
-    return tl.full((), 0, tl.int64) + i
+def _numbers_of(row, at, sizes, numbers, WHAT: tl.constexpr):
+    COUNT: tl.constexpr = 9 + PER_PART * len(WHAT.terms)
+    x = read_numbers(numbers, at.numbers + row * sizes.number_stride, COUNT, WHAT.data)
+    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9:])
 
 
 @triton.jit
-def _load(ptr, cols, n):
-    x = tl.load(ptr + cols, mask=cols < n, other=NEG_INF).to(tl.float32)
-    return tl.where(x <= DEAD, NEG_INF, x)
-
-
-@triton.jit
-def _nothing(BLOCK: tl.constexpr):
-    return tl.full((), NEG_INF, tl.float32), tl.zeros([BLOCK], tl.float32)
-
-
-@triton.jit
-def _accumulate(maximum, total, x, scale):
-    """Online softmax statistics: the sum stays one number per lane until the end."""
-    high = tl.maximum(maximum, tl.max(x, 0))
-    anchor = tl.where(high == NEG_INF, 0.0, high)
-    return high, total * tl.exp2((maximum - anchor) * scale) + tl.exp2((x - anchor) * scale)
-
-
-@triton.jit
-def _mix(x, y, mix_s, mix_t):
+def _mix(x, y, numbers):
     """Mixed logits; an entry that is dead on a side that counts is dead."""
+    mix_s, mix_t = numbers.mix_s, numbers.mix_t
     from_s = tl.where(mix_s == 0.0, 0.0, mix_s * x)
     from_t = tl.where(mix_t == 0.0, 0.0, mix_t * y)
     dead = ((x == NEG_INF) & (mix_s != 0.0)) | ((y == NEG_INF) & (mix_t != 0.0))
@@ -72,12 +112,19 @@ def _mix(x, y, mix_s, mix_t):
 
 
 @triton.jit
-def _meet(stat_ptr, parts, SPLIT, slot, scale):
+def _of_team(stats, slot, other, WHAT: tl.constexpr, CUT: tl.constexpr):
+    """What each program of a team has written to a slot; its other programs wrote most of it."""
+    STRIDE: tl.constexpr = ALL_STATS if WHAT.difference else STATS
+    parts = tl.arange(0, CUT.split_2)
+    at = stats + parts * STRIDE + slot
+    return tl.load(at, mask=parts < CUT.split, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def _meet(stats, slot, scale, WHAT: tl.constexpr, CUT: tl.constexpr):
     """The team's maximum and log2 of its sum; (0, +inf) where no entry is in the support."""
-    mask = parts < SPLIT
-    at = stat_ptr + parts * STATS + slot
-    high = tl.load(at, mask=mask, other=NEG_INF, cache_modifier=".cg")  # written by other programs
-    part = tl.load(at + 1, mask=mask, other=0.0, cache_modifier=".cg")
+    high = _of_team(stats, slot, NEG_INF, WHAT, CUT)
+    part = _of_team(stats, slot + 1, 0.0, WHAT, CUT)
     maximum = tl.max(high, 0)
     maximum = tl.where(maximum == NEG_INF, 0.0, maximum)
     total = tl.sum(part * tl.exp2((high - maximum) * scale), 0)
@@ -85,10 +132,24 @@ def _meet(stat_ptr, parts, SPLIT, slot, scale):
 
 
 @triton.jit
-def _log_softmax(x, maximum, log_total, scale):
-    """Natural log-probability (finite) and probability."""
-    z = (x - maximum) * scale - log_total
-    return tl.where(z == NEG_INF, LOG_FLOOR, z * LN_2), tl.exp2(z)
+def _sides(stats, numbers, WHAT: tl.constexpr, CUT: tl.constexpr):
+    zero = tl.full((), 0.0, tl.float32)
+    student, teacher, at_one, mixed = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
+    difference, share = zero, zero
+    if WHAT.softmax:
+        student = _meet(stats, 0, numbers.scale, WHAT, CUT)
+        teacher = _meet(stats, 2, numbers.scale, WHAT, CUT)
+    if WHAT.ce == "own":
+        at_one = _meet(stats, 4, LOG2_E, WHAT, CUT)
+    if WHAT.ce == "shared":
+        at_one = student
+    if WHAT.mixed:
+        mixed = _meet(stats, 6, numbers.scale, WHAT, CUT)
+    if WHAT.difference:
+        share = 1.0 / tl.maximum(tl.sum(_of_team(stats, 8, 0.0, WHAT, CUT), 0), 1.0)
+        alive = tl.sum(_of_team(stats, 10, 0.0, WHAT, CUT), 0)
+        difference = tl.sum(_of_team(stats, 9, 0.0, WHAT, CUT), 0) / tl.maximum(alive, 1.0)
+    return Sides(student, teacher, at_one, mixed, difference, share)
 
 
 @triton.jit
@@ -104,454 +165,343 @@ def _announce(flag_ptr):
 
 
 @triton.jit
-def _term(
-    x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
-    TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
-):  # fmt: skip
-    """Value, slope, student probability, p log p and q log q of a block of entries."""
+def _entries(x, y, sides, numbers, WHAT: tl.constexpr):
+    """Of a block of entries: value, slope of the divergences of distributions, slope of those of
+    the logits themselves, student probability, p log p and q log q."""
     dead_s, dead_t = x == NEG_INF, y == NEG_INF
-    if KIND == "logits":
-        q = tl.zeros_like(x)
-        p_log_p, q_log_q = q, q
-        delta = tl.where(dead_s | dead_t, 0.0, x - y - center)
-        value, slope = b * delta * delta, 2.0 * b * delta
-        value = tl.where(dead_s != dead_t, float("inf"), value)
-    else:
-        log_q, q = _log_softmax(x, ms, ls, scale)
-        log_p, p = _log_softmax(y, mt, lt, scale)
-        p_log_p, q_log_q = p * log_p, q * log_q
-        if KIND == "mixed":
-            z = _mix(x, y, mix_s, mix_t)
-            log_r, r = _log_softmax(z, mz, lz, scale)
-            value, slope = TERM(log_p, log_q, log_r, p, q, r, a, b)
+    zeros = tl.zeros_like(x)
+    p, q, r, log_p, log_q, log_r = zeros, zeros, zeros, zeros, zeros, zeros
+    if WHAT.softmax:
+        log_q, q = log_softmax(x, sides.student, numbers.scale)
+        log_p, p = log_softmax(y, sides.teacher, numbers.scale)
+    if WHAT.mixed:
+        log_r, r = log_softmax(_mix(x, y, numbers), sides.mixed, numbers.scale)
+    value, slope, direct = None, None, None  # 0 + x would not be free
+    for i in tl.static_range(len(WHAT.terms)):
+        a, b = numbers.parts[i * PER_PART + 1], numbers.parts[i * PER_PART + 2]
+        if WHAT.kinds[i] == "logits":
+            apart = tl.where(dead_s | dead_t, 0.0, x - y - a * sides.difference)
+            v, s = WHAT.terms[i](apart, sides.share)
+            v = tl.where(dead_s != dead_t, float("inf"), v)
         else:
-            value, slope = TERM(log_p, log_q, p, q, a, b)
-        if INFINITE_P:
-            value = tl.where(dead_t & (q > 0.0), float("inf"), value)
-        if INFINITE_Q:
-            value = tl.where(dead_s & (p > 0.0), float("inf"), value)
-        outside = dead_s & dead_t
-        value, slope = tl.where(outside, 0.0, value), tl.where(outside, 0.0, slope)
-    return value, slope, q, p_log_p, q_log_q
+            if WHAT.kinds[i] == "mixed":
+                v, s = WHAT.terms[i](log_p, log_q, log_r, p, q, r, a, b)
+            else:
+                v, s = WHAT.terms[i](log_p, log_q, p, q, a, b)
+            for_p, for_q = numbers.parts[i * PER_PART + 3], numbers.parts[i * PER_PART + 4]
+            v = with_infinity(v, dead_t & (q > 0.0), for_p, WHAT.infinite_p[i])
+            v = with_infinity(v, dead_s & (p > 0.0), for_q, WHAT.infinite_q[i])
+            outside = dead_s & dead_t
+            v, s = tl.where(outside, 0.0, v), tl.where(outside, 0.0, s)
+        if WHAT.weighed[i]:
+            v, s = numbers.parts[i * PER_PART] * v, numbers.parts[i * PER_PART] * s
+        value = v if value is None else value + v
+        if WHAT.kinds[i] == "logits":
+            direct = s if direct is None else direct + s
+        else:
+            slope = s if slope is None else slope + s
+    value = zeros if value is None else value
+    slope = zeros if slope is None else slope
+    direct = zeros if direct is None else direct
+    return value, slope, direct, q, p * log_p, q * log_q
 
 
 @triton.jit
-def _row(ptr, row, length, outer, inner):
-    """Start of a row of logits in (outer, length, V) strides: `logits[:, :-1]` needs no copy."""
-    return ptr + row // length * outer + row % length * inner
-
-
-@triton.jit
-def _statistics(
-    s_row, t_row, out, n, V, scale, mix_s, mix_t, first,
-    KIND: tl.constexpr, CE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Phase 1 of one part of a row."""
-    ms, ls = _nothing(BLOCK)
-    mt, lt = _nothing(BLOCK)
-    m1, l1 = _nothing(BLOCK)
-    mz, lz = _nothing(BLOCK)
-    for k in range(TILES):
-        cols = first + k * BLOCK + tl.arange(0, BLOCK)
-        x = _load(s_row, cols, V)
-        y = _load(t_row, cols, n)
-        if CE == "own":
-            m1, l1 = _accumulate(m1, l1, x, LOG2_E)
-        x = tl.where(cols < n, x, NEG_INF)
-        if KIND == "logits":
-            alive = (x != NEG_INF) & (y != NEG_INF)
-            ls += tl.where(alive, x - y, 0.0)
-            lt += tl.where(alive, 1.0, 0.0)
-        else:
-            ms, ls = _accumulate(ms, ls, x, scale)
-            mt, lt = _accumulate(mt, lt, y, scale)
-        if KIND == "mixed":
-            mz, lz = _accumulate(mz, lz, _mix(x, y, mix_s, mix_t), scale)
-    if KIND == "logits":
-        ms = tl.minimum(tl.maximum(n - first, 0), TILES * BLOCK).to(tl.float32)
-    tl.store(out, ms)
-    tl.store(out + 1, tl.sum(ls, 0))
-    tl.store(out + 2, mt)
-    tl.store(out + 3, tl.sum(lt, 0))
-    if CE == "own":
+def _statistics(row, first, out, at, sizes, numbers, WHAT: tl.constexpr, CUT: tl.constexpr):
+    """Phase 1 of the part of a row that begins at entry `first`."""
+    s_row = row_start(at.student, row, sizes.s_len, sizes.s_outer, sizes.s_inner)
+    t_row = row_start(at.teacher, row, sizes.t_len, sizes.t_outer, sizes.t_inner)
+    ms, ls = no_entries(CUT.block)
+    mt, lt = no_entries(CUT.block)
+    m1, l1 = no_entries(CUT.block)
+    mz, lz = no_entries(CUT.block)
+    differences, alive = tl.zeros([CUT.block], tl.float32), tl.zeros([CUT.block], tl.float32)
+    for k in range(CUT.tiles):
+        cols = first + k * CUT.block + tl.arange(0, CUT.block)
+        x = load_logits(s_row, cols, sizes.V)
+        if WHAT.ce == "own":
+            m1, l1 = accumulate(m1, l1, x, LOG2_E)
+        if len(WHAT.terms) > 0:
+            y = load_logits(t_row, cols, sizes.n)
+            x = tl.where(cols < sizes.n, x, NEG_INF)
+            if WHAT.difference:
+                both = (x != NEG_INF) & (y != NEG_INF)
+                differences += tl.where(both, x - y, 0.0)
+                alive += tl.where(both, 1.0, 0.0)
+            if WHAT.softmax:
+                ms, ls = accumulate(ms, ls, x, numbers.scale)
+                mt, lt = accumulate(mt, lt, y, numbers.scale)
+            if WHAT.mixed:
+                mz, lz = accumulate(mz, lz, _mix(x, y, numbers), numbers.scale)
+    if WHAT.softmax:
+        tl.store(out, ms)
+        tl.store(out + 1, tl.sum(ls, 0))
+        tl.store(out + 2, mt)
+        tl.store(out + 3, tl.sum(lt, 0))
+    if WHAT.ce == "own":
         tl.store(out + 4, m1)
         tl.store(out + 5, tl.sum(l1, 0))
-    if KIND == "mixed":
+    if WHAT.mixed:
         tl.store(out + 6, mz)
         tl.store(out + 7, tl.sum(lz, 0))
+    if WHAT.difference:
+        entries = tl.minimum(tl.maximum(sizes.n - first, 0), CUT.tiles * CUT.block)
+        tl.store(out + 8, entries.to(tl.float32))
+        tl.store(out + 9, tl.sum(differences, 0))
+        tl.store(out + 10, tl.sum(alive, 0))
 
 
 @triton.jit
 def _sweep(
-    j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr, flag_ptr,
-    T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
-    scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-    TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
-    MEAN: tl.constexpr, CE: tl.constexpr, DIAGNOSTICS: tl.constexpr,
-    VALUE: tl.constexpr, GRAD: tl.constexpr, WAITS: tl.constexpr,
-    SPLIT: tl.constexpr, SPLIT_2: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Phase 2 (VALUE) or 3 of one part of row j, the gradient written in either (GRAD)."""
-    row = _wide(j)
-    first = part * TILES * BLOCK
-    grad_row = grad_ptr + row * V
-    weight = tl.load(weight_ptr + row)
-    if weight == 0.0:
+    j, part, at, sizes, numbers, PHASE: tl.constexpr, WHAT: tl.constexpr, CUT: tl.constexpr
+):
+    """Phase 2 (value) or 4 (gradient) of one part of row j; without WHAT.mean the gradient is
+    written in phase 2."""
+    VALUE: tl.constexpr = PHASE == 2
+    GRAD: tl.constexpr = WHAT.grad and (PHASE == 4 or not WHAT.mean)
+    STRIDE: tl.constexpr = ALL_STATS if WHAT.difference else STATS
+    SUMS: tl.constexpr = 5 if WHAT.diagnostics else 2
+    row = int64(j)
+    first = part * CUT.tiles * CUT.block
+    grad_row = at.grad + row * sizes.V
+    factors = at.factors + row
+    if tl.load(factors) == 0.0:
         if GRAD:
-            for k in range(TILES):
-                cols = first + k * BLOCK + tl.arange(0, BLOCK)
-                tl.store(grad_row + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
+            store_zeros(grad_row, first, first + CUT.tiles * CUT.block, sizes.V, CUT.block)
     else:
-        s_row = _row(s_ptr, row, s_len, s_outer, s_inner)
-        t_row = _row(t_ptr, row, t_len, t_outer, t_inner)
-        stats = stat_ptr + row * SPLIT * STATS
-        SUMS: tl.constexpr = 5 if DIAGNOSTICS else 2
-        sums = sum_ptr + row * SPLIT * SUMS
-        if WAITS:
-            _wait(flag_ptr + row, SPLIT)
+        s_row = row_start(at.student, row, sizes.s_len, sizes.s_outer, sizes.s_inner)
+        t_row = row_start(at.teacher, row, sizes.t_len, sizes.t_outer, sizes.t_inner)
+        stats = at.stats + row * CUT.split * STRIDE
+        sums = at.sums + row * CUT.split * SUMS
+        if CUT.waits:
+            _wait(at.flags + (sizes.T if PHASE == 4 else 0) + row, CUT.split)
 
-        parts = tl.arange(0, SPLIT_2)
-        zero = tl.full((), 0.0, tl.float32)
-        ms, ls, mt, lt = zero, zero, zero, zero
-        mz, lz, m1, l1 = zero, zero, zero, zero
-        center = zero
-        if KIND == "logits":
-            at = stats + parts * STATS
-            entries = tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
-            delta = tl.load(at + 1, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
-            alive = tl.load(at + 3, mask=parts < SPLIT, other=0.0, cache_modifier=".cg")
-            center = a * tl.sum(delta, 0) / tl.maximum(tl.sum(alive, 0), 1.0)
-            b = 1.0 / tl.maximum(tl.sum(entries, 0), 1.0)
-        else:
-            ms, ls = _meet(stats, parts, SPLIT, 0, scale)
-            mt, lt = _meet(stats, parts, SPLIT, 2, scale)
-        if KIND == "mixed":
-            mz, lz = _meet(stats, parts, SPLIT, 6, scale)
+        numbers = _numbers_of(row, at, sizes, numbers, WHAT)
+        sides = _sides(stats, numbers, WHAT, CUT)
+        at_one = sides.at_one
         label = 0
-        if CE != "none":
-            if CE == "own":
-                m1, l1 = _meet(stats, parts, SPLIT, 4, LOG2_E)
-            else:
-                m1, l1 = ms, ls
-            label = tl.load(label_ptr + row).to(tl.int32)
+        if WHAT.ce != "none":
+            label = tl.load(at.labels + row).to(tl.int32)
             if VALUE:
                 if part == 0:
-                    tl.store(ce_ptr + row, l1 * LN_2 + (m1 - tl.load(ce_ptr + row)))
-        mean = slope_sum
+                    ce = at.cross_entropy + row
+                    tl.store(ce, at_one[1] * LN_2 + (at_one[0] - tl.load(ce)))
+        mean = numbers.slope_sum
         if not VALUE:
-            at = sums + parts * SUMS + 1
-            mean = tl.sum(tl.load(at, mask=parts < SPLIT, other=0.0, cache_modifier=".cg"), 0)
+            parts = tl.arange(0, CUT.split_2)
+            slope_sums = sums + parts * SUMS + 1
+            mask = parts < CUT.split
+            mean = tl.sum(tl.load(slope_sums, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+        of_kd, of_direct, of_ce = 0.0, 0.0, 0.0
+        if GRAD and WHAT.learns:
+            of_direct = tl.load(factors + sizes.factor_stride)
+            of_kd = of_direct * numbers.inverse
+        if GRAD and WHAT.ce != "none":
+            of_ce = tl.load(factors + 2 * sizes.factor_stride)
 
-        values, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        h_p, h_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        agree = tl.zeros([BLOCK], tl.float32)
-        for k in range(TILES):
-            cols = first + k * BLOCK + tl.arange(0, BLOCK)
-            full = _load(s_row, cols, V)
-            y = _load(t_row, cols, n)
-            x = tl.where(cols < n, full, NEG_INF)
-            value, slope, q, p_log_p, q_log_q = _term(
-                x, y, ms, ls, mt, lt, mz, lz, center, scale, mix_s, mix_t, a, b,
-                TERM, KIND, INFINITE_P, INFINITE_Q,
-            )  # fmt: skip
-            if VALUE:
-                values += value
-                if MEAN:
-                    slopes += slope
-                if DIAGNOSTICS:
-                    h_p -= p_log_p
-                    h_q -= q_log_q
-                    agree = tl.where((x == ms) & (y == mt), 1.0, agree)
+        values, slopes = tl.zeros([CUT.block], tl.float32), tl.zeros([CUT.block], tl.float32)
+        h_p, h_q = tl.zeros([CUT.block], tl.float32), tl.zeros([CUT.block], tl.float32)
+        agree = tl.zeros([CUT.block], tl.float32)
+        for k in range(CUT.tiles):
+            cols = first + k * CUT.block + tl.arange(0, CUT.block)
+            full = load_logits(s_row, cols, sizes.V)
+            grad = tl.zeros([CUT.block], tl.float32)
+            q = grad
+            if len(WHAT.terms) > 0:
+                y = load_logits(t_row, cols, sizes.n)
+                x = tl.where(cols < sizes.n, full, NEG_INF)
+                value, slope, direct, q, p_log_p, q_log_q = _entries(x, y, sides, numbers, WHAT)
+                if VALUE:
+                    values += value
+                    if WHAT.mean:
+                        slopes += slope
+                    if WHAT.diagnostics:
+                        h_p -= p_log_p
+                        h_q -= q_log_q
+                        best = (x == sides.student[0]) & (y == sides.teacher[0])
+                        agree = tl.where(best, 1.0, agree)
+                if WHAT.learns:
+                    if WHAT.softmax:
+                        grad = of_kd * (slope - q * mean)
+                        if WHAT.difference:
+                            grad += of_direct * direct
+                    else:
+                        grad = of_direct * direct
             if GRAD:
-                grad = kd_scale * (slope - q * mean)
-                if CE != "none":
-                    q1 = q if CE == "shared" else tl.exp2((full - m1) * LOG2_E - l1)
-                    grad += ce_scale * (q1 - tl.where(cols == label, 1.0, 0.0))
+                if WHAT.ce != "none":
+                    if WHAT.ce == "own":
+                        q = tl.exp2((full - at_one[0]) * LOG2_E - at_one[1])
+                    of_label = of_ce * (q - tl.where(cols == label, 1.0, 0.0))
+                    grad = grad + of_label if WHAT.learns else of_label
                 # Weighted in fp32, cast once; streamed past the cache, which holds logits.
-                tl.store(grad_row + cols, weight * grad, mask=cols < V, cache_modifier=".cs")
+                tl.store(grad_row + cols, grad, mask=cols < sizes.V, cache_modifier=".cs")
         if VALUE:
-            empty = (ls == float("inf")) | (lt == float("inf")) | (lz == float("inf"))
-            tl.store(sums + part * SUMS, tl.where(empty, float("inf"), tl.sum(values, 0)))
+            total = tl.sum(values, 0)
+            if WHAT.softmax:
+                inf = float("inf")
+                empty = (sides.student[1] == inf) | (sides.teacher[1] == inf)
+                total = tl.where(empty | (sides.mixed[1] == inf), inf, total)
+            tl.store(sums + part * SUMS, total)
             tl.store(sums + part * SUMS + 1, tl.sum(slopes, 0))
-            if DIAGNOSTICS:
+            if WHAT.diagnostics:
                 tl.store(sums + part * SUMS + 2, tl.sum(h_p, 0))
                 tl.store(sums + part * SUMS + 3, tl.sum(h_q, 0))
                 tl.store(sums + part * SUMS + 4, tl.max(agree, 0))
 
 
 @triton.jit(
-    do_not_specialize=["T", "s_len", "t_len", "lag", "step"],
+    do_not_specialize=["T", "s_len", "t_len", "factor_stride", "number_stride", "lag", "step"],
     # Parts of larger tensors: where a chunk starts is no part of a kernel.
-    do_not_specialize_on_alignment=["label_ptr", "weight_ptr", "ce_ptr"],
+    do_not_specialize_on_alignment=["label_ptr", "factor_ptr", "ce_ptr"],
 )
 def dense_kernel(
-    s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr, flag_ptr,  # pointers
-    T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, lag, step,  # shapes, strides, rows
-    scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,  # numbers
-    TERM: tl.constexpr, KIND: tl.constexpr, INFINITE_P: tl.constexpr, INFINITE_Q: tl.constexpr,
-    MEAN: tl.constexpr, CE: tl.constexpr, GRAD: tl.constexpr,
-    DIAGNOSTICS: tl.constexpr,  # what is computed
-    PHASES: tl.constexpr, SPLIT: tl.constexpr, SPLIT_2: tl.constexpr,
-    TILES: tl.constexpr, BLOCK: tl.constexpr,
+    s_ptr, t_ptr, label_ptr, factor_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr, flag_ptr, number_ptr,
+    T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, factor_stride, number_stride,
+    lag, step,  # rows by which a phase lags behind, and from one row of a team to its next
+    numbers,
+    PHASES: tl.constexpr, WHAT: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """The three phases of every row; `dense` says what the arguments are.
+    """The three phases of every row; `dense` says what the arguments are, launch.py what is
+    constant.
 
-    CE: "none", "shared" (the student's own statistics serve) or "own" (T != 1 or a cut vocabulary).
-    MEAN: Σ slope must be summed before the gradient; else it is `slope_sum`.
-    DIAGNOSTICS: of kinds with a softmax, each part also sums -p log p and -q log q, and has a 1
-    where it finds a maximum of both sides.
-    PHASES: bit 1 statistics, 2 value, 4 gradient. All of them in one launch of SPLIT > 1 wait for
-    each other, so its programs must run at the same time; one launch a phase never waits.
+    PHASES: bit 1 statistics, 2 value, 4 gradient. All of them in one launch of teams wait for each
+    other, so its programs must run at the same time; one launch a phase never waits. WHAT.mean: the
+    gradient has a phase of its own. WHAT.diagnostics: each part also sums -p log p and -q log q,
+    and has a 1 where it finds a maximum of both sides.
     """
-    part = tl.program_id(0) % SPLIT
-    WAITS: tl.constexpr = SPLIT > 1 and PHASES == 7
-    THIRD: tl.constexpr = MEAN and GRAD
+    at = Pointers(
+        s_ptr, t_ptr, label_ptr, factor_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr, flag_ptr,
+        number_ptr,
+    )  # fmt: skip
+    sizes = Sizes(
+        T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, factor_stride, number_stride
+    )
+    STRIDE: tl.constexpr = ALL_STATS if WHAT.difference else STATS
+    part = tl.program_id(0) % CUT.split
 
-    for i in range(tl.program_id(0) // SPLIT, T + 2 * lag, step):
+    for i in range(tl.program_id(0) // CUT.split, T + 2 * lag, step):
         if PHASES & 1:
             if i < T:
-                row = _wide(i)
-                if tl.load(weight_ptr + row) != 0.0:
-                    s_row = _row(s_ptr, row, s_len, s_outer, s_inner)
-                    if CE != "none":
+                row = int64(i)
+                if tl.load(factor_ptr + row) != 0.0:
+                    if WHAT.ce != "none":
                         if part == 0:  # now: the gradient may overwrite the student's logits
+                            s_row = row_start(s_ptr, row, s_len, s_outer, s_inner)
                             label = tl.load(label_ptr + row)
                             here = (label >= 0) & (label < V)  # else in another shard
                             at_label = tl.load(s_row + label, mask=here, other=NEG_INF)
                             at_label = at_label.to(tl.float32)
                             dead = at_label <= DEAD
                             tl.store(ce_ptr + row, tl.where(dead, NEG_INF, at_label))
-                    _statistics(
-                        s_row,
-                        _row(t_ptr, row, t_len, t_outer, t_inner),
-                        stat_ptr + (row * SPLIT + part) * STATS,
-                        n, V, scale, mix_s, mix_t, part * TILES * BLOCK, KIND, CE, TILES, BLOCK,
-                    )  # fmt: skip
-                if WAITS:
+                    own = _numbers_of(row, at, sizes, numbers, WHAT)
+                    out = stat_ptr + (row * CUT.split + part) * STRIDE
+                    first = part * CUT.tiles * CUT.block
+                    _statistics(row, first, out, at, sizes, own, WHAT, CUT)
+                if CUT.waits:
                     _announce(flag_ptr + row)
-            if SPLIT == 1:
+            if CUT.split == 1:
                 tl.debug_barrier()
         if PHASES & 2:
             j = i - lag
             if (j >= 0) & (j < T):
-                _sweep(
-                    j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr,
-                    flag_ptr, T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
-                    scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, DIAGNOSTICS,
-                    True, GRAD and not MEAN, WAITS, SPLIT, SPLIT_2, TILES, BLOCK,
-                )  # fmt: skip
-                if WAITS and THIRD:
+                _sweep(j, part, at, sizes, numbers, 2, WHAT, CUT)
+                if CUT.waits and WHAT.mean:
                     _announce(flag_ptr + T + j)
-            if SPLIT == 1 and THIRD:
+            if CUT.split == 1 and WHAT.mean:
                 tl.debug_barrier()
-        if PHASES & 4 and THIRD:
+        if PHASES & 4 and WHAT.mean:
             j = i - 2 * lag
             if (j >= 0) & (j < T):
-                _sweep(
-                    j, s_ptr, t_ptr, label_ptr, weight_ptr, stat_ptr, sum_ptr, ce_ptr, grad_ptr,
-                    flag_ptr + T, T, n, V, s_len, s_outer, s_inner, t_len, t_outer, t_inner, part,
-                    scale, kd_scale, ce_scale, slope_sum, mix_s, mix_t, a, b,
-                    TERM, KIND, INFINITE_P, INFINITE_Q, MEAN, CE, DIAGNOSTICS,
-                    False, True, WAITS, SPLIT, SPLIT_2, TILES, BLOCK,
-                )  # fmt: skip
+                _sweep(j, part, at, sizes, numbers, 4, WHAT, CUT)
 
 
-@triton.jit
-def scale_kernel(x_ptr, factor_ptr, T, V, factor_stride, BLOCK: tl.constexpr):
-    """x[row] *= factor[row], in place; returns at once where one factor serves all and it is 1."""
-    if factor_stride == 0:
-        if tl.load(factor_ptr) == 1.0:
-            return
-    blocks = tl.cdiv(V, BLOCK)
-    for i in range(tl.program_id(0), T * blocks, tl.num_programs(0)):
-        row = _wide(i // blocks)
-        cols = i % blocks * BLOCK + tl.arange(0, BLOCK)
-        factor = tl.load(factor_ptr + row * factor_stride).to(tl.float32)
-        if factor != 1.0:
-            x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            tl.store(x_ptr + row * V + cols, x * factor, mask=cols < V)
-
-
-class Plan(NamedTuple):
-    """How a launch is cut: `teams` of `split` programs, each with `tiles` blocks of `block`
-    entries."""
-
-    block: int
-    tiles: int
-    split: int
-    teams: int
-    warps: int
-    waits: bool
-
-
-def plan(
-    T: int,
-    V: int,
-    row_bytes: int,
-    programs: int = 0,
-    cache_bytes: int = 0,
-    warp: int = 32,
-    diagnostics: bool = False,
-) -> Plan:
-    """Pure function of the shapes and the device.
-
-    `programs` that run at the same time and wait for each other (0: none may), `cache_bytes` of L2
-    in which the rows of all teams must stay for three phases. With `diagnostics`, whose entries
-    take more registers, as many threads with half the entries each, in half the programs.
-    """
-    block = max(128, min(2048, triton.next_power_of_2(V)))
-    blocks = triton.cdiv(V, block)
-    warps = (256 if block == 2048 else 128) // warp  # 8 entries a thread: 16-byte loads of bf16
-    if diagnostics:
-        warps, programs = 2 * warps, programs // 2
-    if not programs or blocks == 1:
-        return Plan(block, blocks, 1, T, warps, False)
-    rows = max(1, cache_bytes // (3 * row_bytes))
-    split = min(blocks, programs, max(triton.cdiv(programs, rows), triton.cdiv(programs, T)))
-    # A power of two: few kernels serve all T.
-    tiles = triton.next_power_of_2(triton.cdiv(blocks, split) + 1) // 2
-    if triton.cdiv(blocks, tiles) > programs:
-        tiles *= 2
-    split = triton.cdiv(blocks, tiles)
-    return Plan(block, tiles, split, min(T, programs // split), warps, split > 1)
-
-
-def device_plan(
-    T: int,
-    V: int,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    alone: bool = False,
-    diagnostics: bool = False,
-) -> Plan:
-    """Programs wait for each other on NVIDIA GPUs only, launched cooperatively: all of them run, or
-    none. `alone`: nobody waits, one program a row."""
-    row_bytes = V * (student.element_size() + teacher.element_size())
-    if alone or student.device.type != "cuda" or torch.version.hip:
-        warp = 64 if torch.version.hip else 32
-        return plan(T, V, row_bytes, warp=warp, diagnostics=diagnostics)
-    device = torch.cuda.get_device_properties(student.device)
-    programs = PROGRAMS_PER_SM * device.multi_processor_count
-    return plan(T, V, row_bytes, programs, device.L2_cache_size // 2, diagnostics=diagnostics)
-
-
-PROGRAMS_PER_SM = 2
-MAX_REGISTERS = 128  # a thread: two programs of 8 warps fill an SM's 65,536
-
-
-def dense(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    labels: torch.Tensor | None,
-    weight: torch.Tensor,
-    divergence,
-    *,
-    temperature: float,
-    n: int,
-    kd_scale: float,
-    ce_scale: float,
-    cross_entropy: bool,
-    grad: torch.Tensor | None,
-    diagnostics: bool = False,
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    plan: Plan | None = None,
-) -> torch.Tensor:
+def dense(rows, ask, *, plan: launch.DensePlan | None = None) -> torch.Tensor:
     """Divergence and cross-entropy of every row, and the gradient of their weighted sum.
 
-    The same function as `dense` in `fastkd/eager.py`.
+    The row function of fastkd/rows.py for teachers that have logits, and for none. Of students in
+    fp64 it makes fp32: they are not for this backend.
 
     Args:
-        student, teacher: (outer, length, V) logits with unit stride along V; T = outer · length
-        rows.
-        labels: (T,) integers within the vocabulary, or None without cross-entropy.
-        weight: (T,) float32; a row of weight 0 is not read, counts nowhere and has gradient 0.
-        divergence: a `fastkd.divergences.Divergence`.
-        temperature: of the divergence. n: entries that the divergence sees, the first of each row.
-        kd_scale, ce_scale: factors of the two gradients wrt the student's logits, besides the row's
-        weight and 1/T.
-        cross_entropy: whether it is wanted.
-        grad: (T, V) contiguous, to write, which may be the student's own memory, or None.
-        diagnostics: whether the entropies and the agreement are wanted.
-        gather: the columns are this rank's shard of a vocabulary, and every rank of the group calls
-            this function at the same time; `gather(x)` is the (world, *x.shape) x of all, the same
-            on each. `labels` then count from this shard's first column (one outside [0, V) is
-            another rank's) and `n`, 0 to V, is this shard's. Results are those of the whole rows,
-            to the bit the same on all ranks. Called twice, whatever the shapes.
-        plan: how the launch is cut, for tests and tuning; one program a row with `gather`.
+        rows: `Rows`.
+        ask: `Ask`. With a shard, `gather` is called twice, and a program has a row to itself.
+        plan: how the launch is cut, for tests and tuning.
 
     Returns:
-        (2, T) float32 divergence and cross-entropy (0 without), or (5, T) with the entropies of
-        teacher and student, in nats, at `temperature`, over the entries that the divergence sees,
-        and 1 where some entry is a maximum of both sides, else 0: NaN for kind "logits", which has
-        no distributions. 0 where the weight is.
+        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (5, T): the
+        entropies of teacher and student, in nats, at the temperature, over the entries that the
+        divergence sees, and 1 where some entry is a maximum of both sides, else 0. They are NaN
+        where there are no distributions: without a teacher, and if all the divergence's parts are
+        of kind "logits". 0 where the weight is.
     """
-    T, V, device = weight.numel(), student.shape[-1], student.device
-    mean = divergence.slope_sum is None
-    softmax = divergence.kind != "logits"
-    wide = diagnostics and softmax
-    p = plan or device_plan(T, V, student, teacher, gather is not None, wide)
-    a, b = divergence.numbers
-    if softmax:
-        kd_scale = kd_scale / temperature
-    mix_s, mix_t = divergence.mixing
-    # Not for a shard: another one may be cut.
-    shared = softmax and temperature == 1 and n == V and gather is None
-    ce = "none" if not cross_entropy else "shared" if shared else "own"
-    stats = torch.empty((T, p.split, STATS.value), dtype=torch.float32, device=device)
-    sums = torch.zeros((T, p.split, 5 if wide else 2), dtype=torch.float32, device=device)
-    rows = torch.zeros((5 if diagnostics else 2, T), dtype=torch.float32, device=device)
-    flags = torch.zeros(2 * T, dtype=torch.int32, device=device) if p.waits else sums
+    student, teacher, labels = rows.student, rows.teacher, rows.labels
+    T, V, device = rows.factors.shape[1], student.shape[-1], student.device
+    # Strides of 1 along T: a chunk of rows is a part of larger tensors.
+    factors = rows.factors if rows.factors.stride(1) == 1 else rows.factors.contiguous()
+    n = V if ask.n is None or teacher is None else ask.n
+    gather = ask.shard.gather if ask.shard is not None else None
+    numbers, data = launch.pack(launch.numbers_of(ask, teacher is not None), device)
+    if plan is None:
+        itemsize = student.element_size() + (0 if teacher is None else teacher.element_size())
+        on_device = launch.dense_device(device, alone=gather is not None)
+        wide = ask.diagnostics and launch.has_softmax(ask, teacher is not None)
+        plan = launch.dense_plan(T, V, V * itemsize, on_device, wide)
+    what = dict(
+        teacher=teacher is not None, labels=labels is not None, grad=rows.grad is not None,
+        whole=n == V,
+    )  # fmt: skip
+    constants = launch.specialise_dense(ask, plan, **what)
+    WHAT = constants["WHAT"]
+    width = (ALL_STATS if WHAT.difference else STATS).value
+    stats = torch.empty((T, plan.split, width), dtype=torch.float32, device=device)
+    columns = 5 if WHAT.diagnostics else 2
+    sums = torch.zeros((T, plan.split, columns), dtype=torch.float32, device=device)
+    measures = torch.zeros((5 if ask.diagnostics else 2, T), dtype=torch.float32, device=device)
+    flags = torch.zeros(2 * T, dtype=torch.int32, device=device) if plan.waits else sums
     # A team that waits does all phases in one launch, and so does a program alone; else each phase
     # is a launch.
-    phases = (1, 2, 4) if mean and grad is not None else (1, 2)
-    if p.waits or (p.split == 1 and gather is None):
+    phases = (1, 2, 4) if WHAT.mean else (1, 2)
+    if plan.waits or (plan.split == 1 and gather is None):
         phases = (7,)
-    scale = 1 / (temperature * math.log(2))
-    options = {"maxnreg": MAX_REGISTERS} if device.type == "cuda" and not torch.version.hip else {}
-    if p.waits:
-        options["launch_cooperative_grid"] = True
-    with on(device):
-        for which in phases:
-            dense_kernel[(p.teams * p.split,)](
-                student, teacher, labels if cross_entropy else weight, weight, stats, sums,
-                rows[1], sums if grad is None else grad, flags,
+    t = student if teacher is None else teacher
+    with launch.on(device):
+        for phase in phases:
+            dense_kernel[(plan.teams * plan.split,)](
+                student, t, factors if labels is None else labels, factors, stats, sums,
+                measures[1], sums if rows.grad is None else rows.grad, flags,
+                sums if data is None else data,
                 T, n, V, student.shape[1], student.stride(0), student.stride(1),
-                teacher.shape[1], teacher.stride(0), teacher.stride(1),
-                p.teams if p.waits else 0, p.teams,
-                scale, kd_scale, ce_scale,
-                0.0 if mean else divergence.slope_sum, mix_s, mix_t, a, b,
-                TERM=divergence.triton_term(), KIND=divergence.kind,
-                INFINITE_P=divergence.infinite_p, INFINITE_Q=divergence.infinite_q,
-                MEAN=mean, CE=ce, GRAD=grad is not None, DIAGNOSTICS=wide,
-                PHASES=which, SPLIT=p.split, SPLIT_2=triton.next_power_of_2(p.split),
-                TILES=p.tiles, BLOCK=p.block, num_warps=p.warps, **options,
+                t.shape[1], t.stride(0), t.stride(1), factors.stride(0), 0,
+                plan.teams if plan.waits else 0, plan.teams, numbers,
+                **constants | dict(PHASES=phase),
+                **launch.options_on(device, plan.warps, plan.waits),
             )  # fmt: skip
-            if gather is not None and which == 1:
-                shards = gather(torch.cat([stats[:, 0], rows[1, :, None]], 1))
-                stats[:, 0] = _meet_shards(shards[..., :-1], softmax, scale)
-                rows[1] = shards[..., -1].amax(0)  # the label's logit, -inf where it is not
-            if gather is not None and which == 2:
+            if gather is not None and phase == 1:
+                shards = gather(torch.cat([stats[:, 0], measures[1, :, None]], 1))
+                scale = launch.numbers_of(ask, teacher is not None)[0]
+                stats[:, 0] = _meet_shards(shards[..., :-1], scale)
+                measures[1] = shards[..., -1].amax(0)  # the label's logit, -inf where it is not
+            if gather is not None and phase == 2:
                 sums[:, 0] = _sum_parts(gather(sums[:, 0]).transpose(0, 1))
     total = _sum_parts(sums).clamp_(min=0)
-    rows[0] = total[:, 0]
-    if wide:
-        rows[2:] = total[:, 2:].T
-    elif diagnostics:
-        rows[2:] = torch.where(weight == 0, 0.0, math.nan)
-    return rows
+    measures[0] = total[:, 0]
+    if WHAT.diagnostics:
+        measures[2:] = total[:, 2:].T
+    elif ask.diagnostics:
+        measures[2:] = torch.where(factors[0] == 0, 0.0, math.nan)
+    return measures
 
 
-def _meet_shards(stats: torch.Tensor, softmax: bool, scale: float) -> torch.Tensor:
-    """(T, STATS) of whole rows from (world, T, STATS) of their shards, as `_meet` does it."""
-    high, part = stats.unflatten(-1, (-1, 2)).unbind(-1)
+def _meet_shards(stats: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """(T, STATS or ALL_STATS) of whole rows from (world, T, …) of their shards, as `_meet` does it;
+    what is no softmax is a sum."""
+    high, part = stats[..., : STATS.value].unflatten(-1, (-1, 2)).unbind(-1)
     maximum = high.amax(0)
-    below = (high - maximum.masked_fill(maximum == -math.inf, 0)) * scale
-    below[..., 2] *= LOG2_E.value / scale  # the student at T = 1
-    whole = torch.stack([maximum, (part * torch.exp2(below)).sum(0)], -1).flatten(-2)
-    if not softmax:
-        whole[:, :4] = stats[..., :4].sum(0)
-    return whole
+    below = high - maximum.masked_fill(maximum == -math.inf, 0)
+    at_one = below[..., 2] * LOG2_E.value
+    below = below * scale
+    below[..., 2] = at_one
+    softmaxes = torch.stack([maximum, (part * torch.exp2(below)).sum(0)], -1).flatten(-2)
+    return torch.cat([softmaxes, stats[..., STATS.value :].sum(0)], -1)
 
 
 def _sum_parts(sums: torch.Tensor) -> torch.Tensor:
@@ -560,21 +510,3 @@ def _sum_parts(sums: torch.Tensor) -> torch.Tensor:
     if total.shape[-1] == 5:
         total[:, 4] = sums[..., 4].amax(1)
     return total
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, device.type).device(device)
-
-
-def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """(T, V) `x` times a scalar or (T,) `factor`, in place, in fp32, without a device sync."""
-    T, V = x.shape
-    with on(x.device):
-        programs = 4 if x.device.type == "cpu" else 2048
-        scale_kernel[(programs,)](
-            x, factor, T, V, factor.stride(0) if factor.dim() else 0, BLOCK=2048
-        )
-    return x

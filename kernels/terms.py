@@ -4,8 +4,8 @@ A term takes natural logarithms and probabilities of the teacher (p) and the stu
 constants of the divergence, and returns
 
     value: its non-negative share of the divergence D = Σ_v value_v,
-    slope: q · ∂D/∂q, up to a multiple of q; the gradient wrt the student's logits is (slope - q · Σ
-        slope) / T.
+    slope: q · ∂D/∂q, up to a multiple of q; the gradient wrt the student's logits is
+        (slope - q · Σ slope) / T.
 
 Entries outside a distribution's support arrive with probability 0 and a large negative, finite
 logarithm.
@@ -13,6 +13,12 @@ logarithm.
 
 import triton
 import triton.language as tl
+
+from . import limits
+
+LOG2_E = tl.constexpr(limits.LOG2_E)
+MAX_EXPONENT = tl.constexpr(limits.MAX_EXPONENT)
+MAX_POWER = tl.constexpr(limits.MAX_POWER)
 
 
 @triton.jit
@@ -34,15 +40,15 @@ def log_mixture(d, w):
     tail = tl.log(1.0 + tl.exp(-tl.abs(x)))
     u = tl.maximum(x, 0.0) + tail + tl.log(w)
     v = tl.maximum(-x, 0.0) + tail + tl.log(1.0 - w)
-    return tl.where(w == 0.0, d, tl.where(w == 1.0, 0.0, u)), tl.where(
-        w == 0.0, 0.0, tl.where(w == 1.0, -d, v)
-    )
+    u = tl.where(w == 0.0, d, tl.where(w == 1.0, 0.0, u))
+    v = tl.where(w == 0.0, 0.0, tl.where(w == 1.0, -d, v))
+    return u, v
 
 
 @triton.jit
 def power(log_x, exponent):
     """x^exponent; negative exponents overflow, and stop at 2^100."""
-    return tl.exp2(tl.minimum(exponent * log_x * 1.4426950408889634, 100.0))
+    return tl.exp2(tl.minimum(exponent * log_x * LOG2_E, MAX_POWER))
 
 
 @triton.jit
@@ -59,13 +65,13 @@ def reverse_kl(log_p, log_q, p, q, a, b):
 @triton.jit
 def skew_forward_kl(log_p, log_q, p, q, w, b):
     u, v = log_mixture(log_q - log_p, w)
-    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(tl.minimum(-v, 80.0))
+    return kl(p, w * p + (1.0 - w) * q, u), -(1.0 - w) * p * tl.exp(tl.minimum(-v, MAX_EXPONENT))
 
 
 @triton.jit
 def skew_reverse_kl(log_p, log_q, p, q, w, b):
     u, v = log_mixture(log_q - log_p, w)
-    return kl(q, w * p + (1.0 - w) * q, v), -q * (v + (1.0 - w) * tl.exp(tl.minimum(-v, 80.0)))
+    return kl(q, w * p + (1.0 - w) * q, v), -q * (v + (1.0 - w) * tl.exp(tl.minimum(-v, MAX_EXPONENT)))
 
 
 @triton.jit
@@ -124,7 +130,8 @@ def taid(log_p, log_q, log_r, p, q, r, a, b):
     return kl(r, q, log_q - log_r), -r
 
 
-# Differences of the logits themselves: d, and the share 1/n that an entry has in the mean.
+# Divergences of the logits themselves take d, the student's minus the teacher's, and the share 1/n
+# that an entry has in a mean. Their slope is the gradient; both are 0 where d is.
 
 
 @triton.jit

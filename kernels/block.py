@@ -1,0 +1,90 @@
+"""What both kernels do with a block of entries of a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import limits
+
+LOG2_E = tl.constexpr(limits.LOG2_E)
+LN_2 = tl.constexpr(limits.LN_2)
+DEAD = tl.constexpr(limits.DEAD)
+LOG_FLOOR = tl.constexpr(limits.LOG_FLOOR)
+NEG_INF = tl.constexpr(float("-inf"))
+# Of `numbers`, for each part of a divergence: weight, the term's two, whether infinite_p, infinite_q.
+PER_PART = tl.constexpr(5)
+
+
+@triton.jit
+def int64(i):
+    """Rows times V exceed 32 bits."""
+    return tl.full((), 0, tl.int64) + i
+
+
+@triton.jit
+def row_start(ptr, row, length, outer, inner):
+    """Start of a row of logits in (outer, length, V) strides: `logits[:, :-1]` needs no copy."""
+    return ptr + row // length * outer + row % length * inner
+
+
+@triton.jit
+def load_logits(ptr, cols, n):
+    """fp32; -inf from entry n on, and for dead ones."""
+    x = tl.load(ptr + cols, mask=cols < n, other=NEG_INF).to(tl.float32)
+    return tl.where(x <= DEAD, NEG_INF, x)
+
+
+@triton.jit
+def store_zeros(ptr, first, end, V, BLOCK: tl.constexpr):
+    """Zeros to the entries from `first` to `end` of a row of V."""
+    for start in range(first, end, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(ptr + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
+
+
+@triton.jit
+def no_entries(BLOCK: tl.constexpr):
+    """The softmax statistics of nothing: maximum and sum."""
+    return tl.full((), NEG_INF, tl.float32), tl.zeros([BLOCK], tl.float32)
+
+
+@triton.jit
+def accumulate(maximum, total, x, scale):
+    """Online softmax statistics: the sum stays one number per lane until the end."""
+    high = tl.maximum(maximum, tl.max(x, 0))
+    anchor = tl.where(high == NEG_INF, 0.0, high)
+    return high, total * tl.exp2((maximum - anchor) * scale) + tl.exp2((x - anchor) * scale)
+
+
+@triton.jit
+def log2_sum(total):
+    """+inf for an empty sum: probabilities relative to it are then 0."""
+    return tl.where(total == 0.0, float("inf"), tl.log2(total))
+
+
+@triton.jit
+def log_softmax(x, of, scale):
+    """Natural log-probability (finite) and probability; `of`: maximum and log2 of the sum."""
+    z = (x - of[0]) * scale - of[1]
+    return tl.where(z == NEG_INF, LOG_FLOOR, z * LN_2), tl.exp2(z)
+
+
+@triton.jit
+def read_numbers(numbers, ptr, COUNT: tl.constexpr, DATA: tl.constexpr):
+    """`numbers`, or the COUNT of them that lie at `ptr` if they are DATA."""
+    if DATA:
+        numbers = ()
+        for i in tl.static_range(COUNT):
+            numbers = numbers + (tl.load(ptr + i),)
+    return numbers
+
+
+@triton.jit
+def with_infinity(value, impossible, number, WHEN: tl.constexpr):
+    """+inf where that is `impossible`: WHEN is True, False, or "data" if `number` tells."""
+    if WHEN == "data":
+        value = tl.where(impossible & (number != 0.0), float("inf"), value)
+    elif WHEN:
+        value = tl.where(impossible, float("inf"), value)
+    return value

@@ -227,9 +227,7 @@ def topk_kernel(
             student = _student(
                 row, ids, lane, complement, total, own.scale, WHAT.tail == "truncate"
             )
-            logprob = tl.load(
-                logprob_ptr + j * K + lane, mask=present & (lane < K), other=NEG_INF
-            )
+            logprob = tl.load(logprob_ptr + j * K + lane, mask=present & (lane < K), other=NEG_INF)
             logprob = tl.where(logprob <= DEAD, NEG_INF, logprob)
             log_p = _teacher(row, lane, logprob, present, rest_lives, own, WHAT.tail)
             values, slopes = _outcomes(log_p, student, own, WHAT)
@@ -316,8 +314,8 @@ def topk(rows, ask) -> torch.Tensor:
         ask: `Ask`, of a divergence with `pooled_terms`.
 
     Returns:
-        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (6, T): the
-        teacher's entropy over its outcomes, the student's over n entries, whether the teacher's
+        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (6, T):
+        the teacher's entropy over its outcomes, the student's over n entries, whether the teacher's
         largest entry is also the student's, and Σ exp(logprob). 0 where the weight is.
 
     Raises:
@@ -326,7 +324,8 @@ def topk(rows, ask) -> torch.Tensor:
     if ask.shard is not None:
         raise ValueError("a sparse teacher over vocabulary shards has no Triton kernel")
     student, teacher, labels, grad = rows.student, rows.teacher, rows.labels, rows.grad
-    T, V, K, device = rows.factors.shape[1], student.shape[-1], teacher.ids.shape[-1], student.device
+    T, V, K = rows.factors.shape[1], student.shape[-1], teacher.ids.shape[-1]
+    device = student.device
     n = V if ask.n is None else ask.n
     out = torch.zeros((6 if ask.diagnostics else 2, T), dtype=torch.float32, device=device)
     if not T:

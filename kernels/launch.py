@@ -65,7 +65,7 @@ def dense_plan(T: int, V: int, row_bytes: int, device: Device, heavy: bool = Fal
 
 def is_heavy(ask, teacher: bool = True) -> bool:
     """Whether an entry of a launch takes more registers than a plain divergence's."""
-    return teacher and (len(ask.divergence.parts) > 2 or ask.diagnostics and has_softmax(ask))
+    return teacher and (len(ask.divergence.parts) > 1 or ask.diagnostics and has_softmax(ask))
 
 
 def dense_device(device: torch.device, alone: bool = False) -> Device:

@@ -12,7 +12,7 @@ LN_2 = tl.constexpr(limits.LN_2)
 DEAD = tl.constexpr(limits.DEAD)
 LOG_FLOOR = tl.constexpr(limits.LOG_FLOOR)
 NEG_INF = tl.constexpr(float("-inf"))
-# Of `numbers`, for each part of a divergence: weight, the term's two, whether infinite_p, infinite_q.
+# For each part of a divergence: weight, the term's two, whether infinite_p, whether infinite_q.
 PER_PART = tl.constexpr(5)
 
 
@@ -84,7 +84,7 @@ def read_numbers(numbers, ptr, COUNT: tl.constexpr, DATA: tl.constexpr):
 def with_infinity(value, impossible, number, WHEN: tl.constexpr):
     """+inf where that is `impossible`: WHEN is True, False, or "data" if `number` tells."""
     if WHEN == "data":
-        value = tl.where(impossible & (number != 0.0), float("inf"), value)
+        value = tl.where(impossible, tl.where(number != 0.0, float("inf"), value), value)
     elif WHEN:
         value = tl.where(impossible, float("inf"), value)
     return value

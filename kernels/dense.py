@@ -107,15 +107,16 @@ def _mix(x, y, numbers):
     mix_s, mix_t = numbers.mix_s, numbers.mix_t
     from_s = tl.where(mix_s == 0.0, 0.0, mix_s * x)
     from_t = tl.where(mix_t == 0.0, 0.0, mix_t * y)
-    dead = ((x == NEG_INF) & (mix_s != 0.0)) | ((y == NEG_INF) & (mix_t != 0.0))
-    return tl.where(dead, NEG_INF, from_s + from_t)
+    x, y = tl.where(mix_s == 0.0, 0.0, x), tl.where(mix_t == 0.0, 0.0, y)
+    return tl.where((x == NEG_INF) | (y == NEG_INF), NEG_INF, from_s + from_t)
 
 
 @triton.jit
 def _of_team(stats, slot, other, WHAT: tl.constexpr, CUT: tl.constexpr):
     """What each program of a team has written to a slot; its other programs wrote most of it."""
     STRIDE: tl.constexpr = ALL_STATS if WHAT.difference else STATS
-    parts = tl.arange(0, CUT.split_2)
+    SPLIT_2: tl.constexpr = CUT.split_2
+    parts = tl.arange(0, SPLIT_2)
     at = stats + parts * STRIDE + slot
     return tl.load(at, mask=parts < CUT.split, other=other, cache_modifier=".cg")
 
@@ -209,15 +210,16 @@ def _entries(x, y, sides, numbers, WHAT: tl.constexpr):
 @triton.jit
 def _statistics(row, first, out, at, sizes, numbers, WHAT: tl.constexpr, CUT: tl.constexpr):
     """Phase 1 of the part of a row that begins at entry `first`."""
+    BLOCK: tl.constexpr = CUT.block
     s_row = row_start(at.student, row, sizes.s_len, sizes.s_outer, sizes.s_inner)
     t_row = row_start(at.teacher, row, sizes.t_len, sizes.t_outer, sizes.t_inner)
-    ms, ls = no_entries(CUT.block)
-    mt, lt = no_entries(CUT.block)
-    m1, l1 = no_entries(CUT.block)
-    mz, lz = no_entries(CUT.block)
-    differences, alive = tl.zeros([CUT.block], tl.float32), tl.zeros([CUT.block], tl.float32)
+    ms, ls = no_entries(BLOCK)
+    mt, lt = no_entries(BLOCK)
+    m1, l1 = no_entries(BLOCK)
+    mz, lz = no_entries(BLOCK)
+    differences, alive = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for k in range(CUT.tiles):
-        cols = first + k * CUT.block + tl.arange(0, CUT.block)
+        cols = first + k * BLOCK + tl.arange(0, BLOCK)
         x = load_logits(s_row, cols, sizes.V)
         if WHAT.ce == "own":
             m1, l1 = accumulate(m1, l1, x, LOG2_E)
@@ -245,29 +247,28 @@ def _statistics(row, first, out, at, sizes, numbers, WHAT: tl.constexpr, CUT: tl
         tl.store(out + 6, mz)
         tl.store(out + 7, tl.sum(lz, 0))
     if WHAT.difference:
-        entries = tl.minimum(tl.maximum(sizes.n - first, 0), CUT.tiles * CUT.block)
+        entries = tl.minimum(tl.maximum(sizes.n - first, 0), CUT.tiles * BLOCK)
         tl.store(out + 8, entries.to(tl.float32))
         tl.store(out + 9, tl.sum(differences, 0))
         tl.store(out + 10, tl.sum(alive, 0))
 
 
 @triton.jit
-def _sweep(
-    j, part, at, sizes, numbers, PHASE: tl.constexpr, WHAT: tl.constexpr, CUT: tl.constexpr
-):
+def _sweep(j, part, at, sizes, numbers, PHASE: tl.constexpr, WHAT: tl.constexpr, CUT: tl.constexpr):
     """Phase 2 (value) or 4 (gradient) of one part of row j; without WHAT.mean the gradient is
     written in phase 2."""
+    BLOCK: tl.constexpr = CUT.block
     VALUE: tl.constexpr = PHASE == 2
     GRAD: tl.constexpr = WHAT.grad and (PHASE == 4 or not WHAT.mean)
     STRIDE: tl.constexpr = ALL_STATS if WHAT.difference else STATS
     SUMS: tl.constexpr = 5 if WHAT.diagnostics else 2
     row = int64(j)
-    first = part * CUT.tiles * CUT.block
+    first = part * CUT.tiles * BLOCK
     grad_row = at.grad + row * sizes.V
     factors = at.factors + row
     if tl.load(factors) == 0.0:
         if GRAD:
-            store_zeros(grad_row, first, first + CUT.tiles * CUT.block, sizes.V, CUT.block)
+            store_zeros(grad_row, first, first + CUT.tiles * BLOCK, sizes.V, BLOCK)
     else:
         s_row = row_start(at.student, row, sizes.s_len, sizes.s_outer, sizes.s_inner)
         t_row = row_start(at.teacher, row, sizes.t_len, sizes.t_outer, sizes.t_inner)
@@ -276,8 +277,8 @@ def _sweep(
         if CUT.waits:
             _wait(at.flags + (sizes.T if PHASE == 4 else 0) + row, CUT.split)
 
-        numbers = _numbers_of(row, at, sizes, numbers, WHAT)
-        sides = _sides(stats, numbers, WHAT, CUT)
+        own = _numbers_of(row, at, sizes, numbers, WHAT)
+        sides = _sides(stats, own, WHAT, CUT)
         at_one = sides.at_one
         label = 0
         if WHAT.ce != "none":
@@ -286,31 +287,32 @@ def _sweep(
                 if part == 0:
                     ce = at.cross_entropy + row
                     tl.store(ce, at_one[1] * LN_2 + (at_one[0] - tl.load(ce)))
-        mean = numbers.slope_sum
+        mean = own.slope_sum
         if not VALUE:
-            parts = tl.arange(0, CUT.split_2)
+            SPLIT_2: tl.constexpr = CUT.split_2
+            parts = tl.arange(0, SPLIT_2)
             slope_sums = sums + parts * SUMS + 1
             mask = parts < CUT.split
             mean = tl.sum(tl.load(slope_sums, mask=mask, other=0.0, cache_modifier=".cg"), 0)
         of_kd, of_direct, of_ce = 0.0, 0.0, 0.0
         if GRAD and WHAT.learns:
             of_direct = tl.load(factors + sizes.factor_stride)
-            of_kd = of_direct * numbers.inverse
+            of_kd = of_direct * own.inverse
         if GRAD and WHAT.ce != "none":
             of_ce = tl.load(factors + 2 * sizes.factor_stride)
 
-        values, slopes = tl.zeros([CUT.block], tl.float32), tl.zeros([CUT.block], tl.float32)
-        h_p, h_q = tl.zeros([CUT.block], tl.float32), tl.zeros([CUT.block], tl.float32)
-        agree = tl.zeros([CUT.block], tl.float32)
+        values, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        h_p, h_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        agree = tl.zeros([BLOCK], tl.float32)
         for k in range(CUT.tiles):
-            cols = first + k * CUT.block + tl.arange(0, CUT.block)
+            cols = first + k * BLOCK + tl.arange(0, BLOCK)
             full = load_logits(s_row, cols, sizes.V)
-            grad = tl.zeros([CUT.block], tl.float32)
+            grad = tl.zeros([BLOCK], tl.float32)
             q = grad
             if len(WHAT.terms) > 0:
                 y = load_logits(t_row, cols, sizes.n)
                 x = tl.where(cols < sizes.n, full, NEG_INF)
-                value, slope, direct, q, p_log_p, q_log_q = _entries(x, y, sides, numbers, WHAT)
+                value, slope, direct, q, p_log_p, q_log_q = _entries(x, y, sides, own, WHAT)
                 if VALUE:
                     values += value
                     if WHAT.mean:
@@ -427,8 +429,8 @@ def dense(rows, ask, *, plan: launch.DensePlan | None = None) -> torch.Tensor:
         plan: how the launch is cut, for tests and tuning.
 
     Returns:
-        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (5, T): the
-        entropies of teacher and student, in nats, at the temperature, over the entries that the
+        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (5, T):
+        the entropies of teacher and student, in nats, at the temperature, over the entries that the
         divergence sees, and 1 where some entry is a maximum of both sides, else 0. They are NaN
         where there are no distributions: without a teacher, and if all the divergence's parts are
         of kind "logits". 0 where the weight is.
@@ -443,8 +445,8 @@ def dense(rows, ask, *, plan: launch.DensePlan | None = None) -> torch.Tensor:
     if plan is None:
         itemsize = student.element_size() + (0 if teacher is None else teacher.element_size())
         on_device = launch.dense_device(device, alone=gather is not None)
-        wide = ask.diagnostics and launch.has_softmax(ask, teacher is not None)
-        plan = launch.dense_plan(T, V, V * itemsize, on_device, wide)
+        heavy = launch.is_heavy(ask, teacher is not None)
+        plan = launch.dense_plan(T, V, V * itemsize, on_device, heavy)
     what = dict(
         teacher=teacher is not None, labels=labels is not None, grad=rows.grad is not None,
         whole=n == V,

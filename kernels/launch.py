@@ -39,19 +39,17 @@ class Device(NamedTuple):
     warp: int = 32
 
 
-def dense_plan(
-    T: int, V: int, row_bytes: int, device: Device, diagnostics: bool = False
-) -> DensePlan:
+def dense_plan(T: int, V: int, row_bytes: int, device: Device, heavy: bool = False) -> DensePlan:
     """Pure function of the shapes and the device.
 
-    With `diagnostics`, whose entries take more registers, as many threads with half the entries
-    each, in half the programs.
+    `heavy`: entries that take more registers. As many threads have half the entries each, in half
+    the programs.
     """
     programs = device.programs
     block = max(128, min(2048, triton.next_power_of_2(V)))
     blocks = triton.cdiv(V, block)
     warps = (256 if block == 2048 else 128) // device.warp  # 16-byte loads of bf16: 8 entries each
-    if diagnostics:
+    if heavy:
         warps, programs = 2 * warps, programs // 2
     if not programs or blocks == 1:
         return DensePlan(block, blocks, 1, T, warps, False)
@@ -63,6 +61,11 @@ def dense_plan(
         tiles *= 2
     split = triton.cdiv(blocks, tiles)
     return DensePlan(block, tiles, split, min(T, programs // split), warps, split > 1)
+
+
+def is_heavy(ask, teacher: bool = True) -> bool:
+    """Whether an entry of a launch takes more registers than a plain divergence's."""
+    return teacher and (len(ask.divergence.parts) > 1 or ask.diagnostics and has_softmax(ask))
 
 
 def dense_device(device: torch.device, alone: bool = False) -> Device:
@@ -120,7 +123,7 @@ class What(NamedTuple):
     difference: bool  # of the logits themselves
     mean: bool  # whether Σ slope must be summed before the gradient; else it is a number
     data: bool  # whether the numbers lie on the device
-    ce: str  # "none", "shared" (the divergence's statistics serve), "own" (T != 1 or a cut vocabulary)
+    ce: str  # "none", "shared" (the divergence's statistics serve) or "own" (T != 1, or n < V)
     grad: bool
     learns: bool  # whether the divergence has a part in it
     diagnostics: bool
@@ -159,9 +162,7 @@ def _what(ask, teacher: bool, ce: str, grad: bool, tail: str = "") -> What:
         softmax=softmax,
         mixed="mixed" in kinds,
         difference="logits" in kinds,
-        mean=grad
-        and learns
-        and any(d.kind != "logits" and d.slope_sum is None for _, d in parts),
+        mean=grad and learns and any(d.kind != "logits" and d.slope_sum is None for _, d in parts),
         data=any(isinstance(x, torch.Tensor) for x in numbers_of(ask, teacher)),
         ce=ce,
         grad=grad,

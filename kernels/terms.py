@@ -71,7 +71,8 @@ def skew_forward_kl(log_p, log_q, p, q, w, b):
 @triton.jit
 def skew_reverse_kl(log_p, log_q, p, q, w, b):
     u, v = log_mixture(log_q - log_p, w)
-    return kl(q, w * p + (1.0 - w) * q, v), -q * (v + (1.0 - w) * tl.exp(tl.minimum(-v, MAX_EXPONENT)))
+    slope = -q * (v + (1.0 - w) * tl.exp(tl.minimum(-v, MAX_EXPONENT)))
+    return kl(q, w * p + (1.0 - w) * q, v), slope
 
 
 @triton.jit

@@ -128,7 +128,7 @@ def _statistics(row, scale, WHAT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _student(row, ids, lane, complement, total, scale, TRUNCATE: tl.constexpr):
+def _student(row, ids, lane, complement, total, scale, WHAT: tl.constexpr):
     """`total`: the complement's sum."""
     x = load_logits(row.student, ids, row.n)
     maximum = tl.maximum(complement.maximum, tl.max(x, 0))
@@ -139,7 +139,7 @@ def _student(row, ids, lane, complement, total, scale, TRUNCATE: tl.constexpr):
     z -= log_total
     q_rest = tl.exp2(log_c - log_total)
     seen = z
-    if TRUNCATE:
+    if WHAT.tail == "truncate":
         seen = tl.where(lane == row.K, NEG_INF, z)
     dead = seen == NEG_INF
     log_q = tl.where(dead, LOG_FLOOR, seen * LN_2)
@@ -147,10 +147,10 @@ def _student(row, ids, lane, complement, total, scale, TRUNCATE: tl.constexpr):
 
 
 @triton.jit
-def _teacher(row, lane, logprob, present, rest_lives, numbers, TAIL: tl.constexpr):
+def _teacher(row, lane, logprob, present, rest_lives, numbers, WHAT: tl.constexpr):
     """Natural log-probabilities of the K lanes and, in lane K, of the rest; -inf for none."""
     log_p = logprob
-    if TAIL == "bucket":
+    if WHAT.tail == "bucket":
         # 1 - Σ p, without the rounding of a largest p near 1.
         top = tl.max(logprob, 0)
         first = tl.min(tl.where(logprob == top, lane, lane.shape[0]), 0)
@@ -160,7 +160,7 @@ def _teacher(row, lane, logprob, present, rest_lives, numbers, TAIL: tl.constexp
         rest = tl.where(rest_lives, tl.maximum(rest, REST_FLOOR), impossible)
         rest = tl.where(tl.sum(present.to(tl.int32), 0) == row.n, 0.0, rest)
         log_p = tl.where(lane == row.K, tl.where(rest == 0.0, NEG_INF, tl.log(rest)), log_p)
-    if TAIL == "renormalize":
+    if WHAT.tail == "renormalize":
         scaled = logprob * numbers.ratio
         top = tl.max(scaled, 0)
         top = tl.where(top == NEG_INF, 0.0, top)
@@ -224,14 +224,10 @@ def topk_kernel(
             rest_lives = complement.maximum != NEG_INF
             ids = tl.load(row.ids + lane, mask=lane < K, other=ABSENT)
             present = ids < n
-            student = _student(
-                row, ids, lane, complement, total, own.scale, WHAT.tail == "truncate"
-            )
-            logprob = tl.load(
-                logprob_ptr + j * K + lane, mask=present & (lane < K), other=NEG_INF
-            )
+            student = _student(row, ids, lane, complement, total, own.scale, WHAT)
+            logprob = tl.load(logprob_ptr + j * K + lane, mask=present & (lane < K), other=NEG_INF)
             logprob = tl.where(logprob <= DEAD, NEG_INF, logprob)
-            log_p = _teacher(row, lane, logprob, present, rest_lives, own, WHAT.tail)
+            log_p = _teacher(row, lane, logprob, present, rest_lives, own, WHAT)
             values, slopes = _outcomes(log_p, student, own, WHAT)
             value = tl.sum(values, 0)
             if WHAT.tail == "renormalize":
@@ -316,8 +312,8 @@ def topk(rows, ask) -> torch.Tensor:
         ask: `Ask`, of a divergence with `pooled_terms`.
 
     Returns:
-        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (6, T): the
-        teacher's entropy over its outcomes, the student's over n entries, whether the teacher's
+        (2, T) fp32 divergence and cross-entropy, 0 where there is none; with diagnostics (6, T):
+        the teacher's entropy over its outcomes, the student's over n entries, whether the teacher's
         largest entry is also the student's, and Σ exp(logprob). 0 where the weight is.
 
     Raises:
@@ -326,7 +322,8 @@ def topk(rows, ask) -> torch.Tensor:
     if ask.shard is not None:
         raise ValueError("a sparse teacher over vocabulary shards has no Triton kernel")
     student, teacher, labels, grad = rows.student, rows.teacher, rows.labels, rows.grad
-    T, V, K, device = rows.factors.shape[1], student.shape[-1], teacher.ids.shape[-1], student.device
+    T, V, K = rows.factors.shape[1], student.shape[-1], teacher.ids.shape[-1]
+    device = student.device
     n = V if ask.n is None else ask.n
     out = torch.zeros((6 if ask.diagnostics else 2, T), dtype=torch.float32, device=device)
     if not T:

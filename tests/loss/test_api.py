@@ -8,6 +8,7 @@ from common import COMPILER, DEVICE, assert_as_exact_as_torch, assert_same, logi
 
 import fastkd
 from fastkd import KDLoss, Renyi, kd_loss
+from fastkd.rows import Ask, Rows
 from fastkd.sources.source import as_rows
 
 S, T = logits(2, 5, 30)
@@ -283,20 +284,19 @@ def test_shapes_and_strides(backend):
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "taid", "logit_mse"])
 def test_parts_of_a_row_meet(split, tiles, name):
     """A row split over programs, one launch a phase, gives what one program gives."""
-    from fastkd.kernels import dense as kernel
+    from fastkd.kernels.dense import dense
+    from fastkd.kernels.launch import DensePlan
 
     divergence = fastkd.TAID(0.5) if name == "taid" else fastkd.divergences.get(name)
     student, teacher = (x[None] for x in logits(6, 600))
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0], device=DEVICE)
+    factors = torch.stack([weight, weight / 2, weight / 2])
     labels = torch.arange(0, 600, 100, device=DEVICE)
     results = []
-    for plan in (kernel.Plan(1024, 1, 1, 6, 4, False), kernel.Plan(128, tiles, split, 6, 4, False)):
+    for plan in (DensePlan(1024, 1, 1, 6, 4, False), DensePlan(128, tiles, split, 6, 4, False)):
         grad = torch.full((6, 600), float("nan"), device=DEVICE)
-        values = kernel.dense(
-            student, teacher, labels, weight, divergence, temperature=2.0, n=590,
-            kd_scale=0.5, ce_scale=0.5, cross_entropy=True, grad=grad, plan=plan,
-        )  # fmt: skip
-        results.append((values, grad))
+        rows = Rows(student, teacher, labels, factors, grad)
+        results.append((dense(rows, Ask(divergence, 2.0, n=590), plan=plan), grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
 
 
@@ -304,11 +304,11 @@ def test_parts_of_a_row_meet(split, tiles, name):
 def test_plan(V):
     """Every entry has one owner, the teams' rows fit the cache, and one team always fits the
     device."""
-    from fastkd.kernels.dense import plan
+    from fastkd.kernels.launch import Device, dense_plan
 
     for T in (1, 7, 8192):
         for programs in (0, 8, 264):
-            p = plan(T, V, 4 * V, programs, 30_000_000)
+            p = dense_plan(T, V, 4 * V, Device(programs, 30_000_000))
             assert p.block * p.tiles * p.split >= V > p.block * p.tiles * (p.split - 1)
             assert 1 <= p.teams <= T and (not programs or p.teams * p.split <= max(programs, T))
             assert p.waits == (p.split > 1)

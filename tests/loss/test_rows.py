@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, DIVERGENCES, every_divergence, logits
 
-from fastkd import JSD, TAID, ForwardKL, LogitMSE, Renyi, ReverseKL, reference
+from fastkd import JSD, TAID, Divergence, ForwardKL, LogitMSE, Renyi, ReverseKL, reference
 from fastkd.backends import eager
+from fastkd.rows import Ask, Rows, Shard
 
 INF = math.inf
 NAN = math.nan
@@ -25,17 +26,31 @@ def dense_of(backend):
     return dense
 
 
-def run(backend, student, teacher, divergence, labels=None, weight=None, wants_grad=True, **other):
-    """((2 or 5, T) values, (T, V) gradient), of (T, V) logits."""
-    T, V = student.shape
+def factors_of(weight, kd=0.7, ce=0.3):
+    return torch.stack([weight, kd * weight, ce * weight])
+
+
+def run(
+    backend, student, teacher, divergence, labels=None, weight=None, wants_grad=True, plan=None,
+    **asked,
+):  # fmt: skip
+    """((2 or 5, T) measures, (T, V) gradient), of (T, V) logits."""
+    T = len(student)
     weight = torch.ones(T, device=DEVICE) if weight is None else weight
     grad = torch.full_like(student, NAN) if wants_grad else None
-    settings = dict(temperature=1.0, n=V, kd_scale=0.7, ce_scale=0.3) | other
-    values = dense_of(backend)(
-        student[None], teacher[None], labels, weight, divergence,
-        cross_entropy=labels is not None, grad=grad, **settings,
-    )  # fmt: skip
-    return values, grad
+    teacher = None if teacher is None else teacher[None]
+    rows = Rows(student[None], teacher, labels, factors_of(weight), grad)
+    cut = {} if plan is None else {"plan": plan}
+    return dense_of(backend)(rows, Ask(divergence, **asked), **cut), grad
+
+
+class Sum(Divergence):
+    """A sum as far as a row function looks."""
+
+    def __init__(self, *parts):
+        self.every = parts
+
+    parts = property(lambda self: self.every)
 
 
 def bits_or_close(a, b):
@@ -67,6 +82,127 @@ def test_values_and_gradient(divergence, temperature, n, backend):
     assert (values[:, 2] == 0).all() and (grad[2] == 0).all()
     without, _ = run(backend, student, teacher, divergence, None, weight, **options)
     assert torch.equal(without[0], values[0]) and (without[1] == 0).all()
+
+
+# --- What a divergence may be --------------------------------------------
+
+
+SUMS = [
+    [(0.5, ForwardKL()), (2.0, ReverseKL())],
+    [(1.0, ForwardKL()), (0.25, Renyi(2.0))],
+    [(0.3, LogitMSE(True)), (1.0, JSD(0.1)), (0.7, TAID(0.4))],
+    [(2.0, LogitMSE()), (0.5, LogitMSE(True))],
+]
+
+
+@pytest.mark.parametrize("parts", SUMS, ids=str)
+def test_a_sum_is_the_sum(parts, backend):
+    """Of several calls, to a rounding; with entries whose value is infinite on one side."""
+    student, teacher = logits(4, 150)
+    student[1, :9] = teacher[2, 5:15] = -INF
+    options = dict(temperature=2.0, n=140)
+    value, grad = run(backend, student, teacher, Sum(*parts), **options)
+    each = [run(backend, student, teacher, d, **options) for _, d in parts]
+    for got, index in ((value[0], 0), (grad, 1)):
+        one = [result[index][0] if index == 0 else result[index] for result in each]
+        expected = sum(weight * x for (weight, _), x in zip(parts, one, strict=True))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    labels = torch.arange(4, device=DEVICE)
+    both, joint = run(backend, student, teacher, Sum(*parts), labels, **options)
+    _, ce = run(backend, student, None, ForwardKL(), labels)
+    torch.testing.assert_close(both[0], value[0])
+    torch.testing.assert_close(joint, grad + ce, rtol=1e-5, atol=1e-6)
+
+
+def test_diagnostics_of_a_sum(backend):
+    student, teacher = logits(3, 60)
+    options = dict(diagnostics=True, temperature=2.0)
+    expected = run(backend, student, teacher, JSD(), **options)[0][2:]
+    mixed = Sum((0.5, LogitMSE()), (0.5, JSD()))
+    torch.testing.assert_close(run(backend, student, teacher, mixed, **options)[0][2:], expected)
+    assert run(backend, student, teacher, Sum(*SUMS[3]), **options)[0][2:].isnan().all()
+
+
+class OnDevice(Divergence):
+    """A divergence whose numbers are tensors."""
+
+    def __init__(self, of, everything=True):
+        self.of, self.everything = of, everything
+
+    def tensor(self, x, dtype=torch.float64):
+        return torch.tensor(x, dtype=dtype, device=DEVICE)
+
+    kind = property(lambda self: self.of.kind)
+    slope_sum = property(lambda self: self.of.slope_sum)
+    parts = property(lambda self: ((self.tensor(1.0) if self.everything else 1.0, self),))
+    numbers = property(lambda self: tuple(map(self.tensor, self.of.numbers)))
+    mixing = property(lambda self: tuple(map(self.tensor, self.of.mixing)))
+    infinite_p = property(lambda self: self.tensor(self.of.infinite_p, torch.bool))
+    infinite_q = property(lambda self: self.tensor(self.of.infinite_q, torch.bool))
+    pooled_terms = property(lambda self: tuple(map(self.tensor, self.of.pooled_terms)))
+
+    def triton_term(self):
+        return self.of.triton_term()
+
+
+@every_divergence
+def test_numbers_on_the_device(divergence):
+    """They give what the same numbers give as launch arguments. (What torch computes with tensors
+    is its divergences' affair, and is tested there.)"""
+    student, teacher = logits(3, 40)
+    student[1, :9] = teacher[2, 5:15] = -INF
+    labels = torch.arange(3, device=DEVICE)
+    for T, everything in ((1.0, True), (0.7, False)):
+        expected = run("triton", student, teacher, divergence, labels, temperature=T)
+        temperature = torch.tensor(T, dtype=torch.float64, device=DEVICE)
+        data = OnDevice(divergence, everything)
+        ours = run("triton", student, teacher, data, labels, temperature=temperature)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+        alone = run("triton", student, teacher, divergence, labels, temperature=temperature)
+        torch.testing.assert_close(alone, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_alone(dtype, backend):
+    """Without a teacher: at temperature 1, whatever is asked of the divergence."""
+    student, _ = logits(5, 150, dtype=dtype)
+    student[1, 40:60], student[2] = -INF, NAN
+    labels = torch.tensor([0, 149, 70, 3, 145], device=DEVICE)
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], device=DEVICE)
+    options = dict(labels=labels, weight=weight, temperature=3.0)
+    values, grad = run(backend, student, None, JSD(), **options)
+    counts = weight != 0
+    z = student.double()[counts].requires_grad_()
+    ce = F.cross_entropy(z, labels[counts], reduction="none")
+    (0.3 * weight[counts] * ce).sum().backward()
+    torch.testing.assert_close(values[1, counts], ce.detach().float(), rtol=2e-5, atol=1e-6)
+    rtol = 1e-4 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(grad[counts], z.grad.to(dtype), rtol=rtol, atol=1e-6)
+    assert (values[0] == 0).all() and (values[:, 2] == 0).all() and (grad[2] == 0).all()
+    valued, none = run(backend, student, None, JSD(), wants_grad=False, **options)
+    assert none is None and torch.equal(valued, values)
+    diagnostics = run(backend, student, None, JSD(), diagnostics=True, **options)[0]
+    assert torch.equal(diagnostics[:2], values)
+    assert diagnostics[2:, counts].isnan().all() and (diagnostics[2:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(), Renyi(2.0), LogitMSE()], ids=str)
+def test_a_divergence_that_is_only_measured(divergence, backend):
+    """It has no part in the gradient, not even as 0 · NaN."""
+    student, teacher = logits(4, 150)
+    labels = torch.arange(4, device=DEVICE)
+    options = dict(temperature=2.0, n=140)
+    values, _ = run(backend, student, teacher, divergence, labels, **options)
+    _, expected = run(backend, student, None, divergence, labels)
+    measured, grad = run(backend, student, teacher, divergence, labels, learns=False, **options)
+    torch.testing.assert_close(measured, values)
+    torch.testing.assert_close(grad, expected)
+    teacher[1] = NAN
+    measured, grad = run(backend, student, teacher, divergence, labels, learns=False, **options)
+    assert measured[0, 1].isnan() and grad.isfinite().all()
+    torch.testing.assert_close(grad, expected)
+    _, grad = run(backend, student, teacher, divergence, learns=False, **options)
+    assert (grad == 0).all()
 
 
 # --- Diagnostics ---------------------------------------------------------
@@ -124,11 +260,11 @@ def test_diagnostics_without_distributions(backend):
 
 
 def test_diagnostics_of_parts_of_a_row():
-    from fastkd.kernels import dense as kernel
+    from fastkd.kernels.launch import DensePlan
 
     student, teacher = logits(4, 600)
     whole, _ = run("triton", student, teacher, JSD(), diagnostics=True)
-    plan = kernel.Plan(128, 2, 3, 4, 4, False)
+    plan = DensePlan(128, 2, 3, 4, 4, False)
     parts, _ = run("triton", student, teacher, JSD(), diagnostics=True, plan=plan)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
 
@@ -190,7 +326,7 @@ def sharded(backend, sizes, student, teacher, divergence, labels=None, n=None, *
         own = slice(starts[rank], starts[rank + 1])
         return run(
             backend, student[:, own].contiguous(), teacher[:, own].contiguous(), divergence,
-            None if labels is None else labels - own.start, gather=gather,
+            None if labels is None else labels - own.start, shard=Shard(gather, own.start, n),
             n=min(max(n - own.start, 0), sizes[rank]), **options,
         )  # fmt: skip
 
@@ -277,8 +413,7 @@ def test_shards_in_float64(divergence):
         own = slice(starts[rank], starts[rank + 1])
         return run(
             "eager", student[:, own], teacher[:, own], divergence, labels - own.start, weight,
-            temperature=2.0, gather=gather,
-            n=own.stop - own.start,
+            temperature=2.0, shard=Shard(gather, own.start, 100), n=own.stop - own.start,
         )  # fmt: skip
 
     results = Ranks(3)(one)
@@ -290,19 +425,17 @@ def test_shards_in_float64(divergence):
 def test_gradient_of_a_shard_over_its_logits(backend):
     student, teacher = logits(4, 100)
     labels = torch.tensor([3, 40, 99, 50], device=DEVICE)
-    weight = torch.ones(4, device=DEVICE)
-    settings = dict(temperature=2.0, kd_scale=0.7, ce_scale=0.3, cross_entropy=True)
+    factors = factors_of(torch.ones(4, device=DEVICE))
     for divergence in (ForwardKL(), JSD()):
         expected = sharded(backend, (60, 40), student, teacher, divergence, labels, temperature=2.0)
         shards = [x.contiguous() for x in student.split((60, 40), 1)]
         targets = [x.contiguous() for x in teacher.split((60, 40), 1)]
 
         def one(rank, gather, divergence=divergence, shards=shards, targets=targets):
-            s = shards[rank]
-            return dense_of(backend)(
-                s[None], targets[rank][None], labels - 60 * rank, weight, divergence,
-                n=s.shape[1], grad=s, gather=gather, **settings,
-            )  # fmt: skip
+            s, first = shards[rank], 60 * rank
+            ask = Ask(divergence, 2.0, n=s.shape[1], shard=Shard(gather, first, 100))
+            rows = Rows(s[None], targets[rank][None], labels - first, factors, s)
+            return dense_of(backend)(rows, ask)
 
         values = Ranks(2)(one)
         assert torch.equal(values[0], expected[0]) and torch.equal(

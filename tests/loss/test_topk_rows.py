@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, DIVERGENCES
 
-from fastkd import JSD, ForwardKL, Hellinger, ReverseKL, SkewForwardKL
+from fastkd import JSD, Divergence, ForwardKL, Hellinger, ReverseKL, SkewForwardKL
 from fastkd.divergences import LOG_FLOOR
+from fastkd.rows import Ask, Rows, Sparse
 
 INF = math.inf
 POOLABLE = [d for d in DIVERGENCES if d.pooled_terms is not None]
@@ -50,20 +51,19 @@ def problem(rows=2, V=300, K=12, *, n=None, dtype=torch.float32, seed=0, spread=
     )
 
 
-def run(topk, x, divergence, tail, *, T=1.0, alpha=1.0, inplace=False, diagnostics=False, t_T=None):
+def run(topk, x, divergence, tail, *, T=1.0, alpha=1.0, inplace=False, t_T=None, **asked):
     """((F, T) values, (T, V) gradient of the weighted sum of alpha D + (1 - alpha) CE)."""
     student = x.student.clone() if inplace else x.student
-    rows, V = x.weight.numel(), student.shape[-1]
+    count, V = x.weight.numel(), student.shape[-1]
     if inplace:
-        grad = student.view(rows, V)
+        grad = student.view(count, V)
     else:  # poisoned: all of it must be written
-        grad = torch.full((rows, V), math.nan, dtype=student.dtype, device=student.device)
-    values = topk(
-        student, x.ids, x.logprobs, x.labels if alpha < 1 else None, x.weight, divergence,
-        tail=tail, teacher_temperature=t_T or T, temperature=T, n=x.n, kd_scale=alpha,
-        ce_scale=1 - alpha, cross_entropy=alpha < 1, grad=grad, diagnostics=diagnostics,
-    )  # fmt: skip
-    return values, grad
+        grad = torch.full((count, V), math.nan, dtype=student.dtype, device=student.device)
+    weight = x.weight.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
+    factors = torch.stack([weight, alpha * weight, (1 - alpha) * weight])
+    sparse = Sparse(x.ids, x.logprobs, tail, t_T or T)
+    rows = Rows(student, sparse, x.labels if alpha < 1 else None, factors, grad)
+    return topk(rows, Ask(divergence, T, x.n, **asked)), grad
 
 
 def outcomes(student, x, tail, T, t_T=None):
@@ -140,7 +140,7 @@ def assert_as_exact_as_torch(topk, x, divergence, tail, *, factor=2.0, rounding=
 @every_poolable
 @every_tail
 def test_gradient_is_the_derivative(divergence, tail):
-    """Finite differences of the eager path's own values in float64: proves `plain`."""
+    """Finite differences of the eager path's own values in float64: proves `pooled_terms`."""
     from fastkd.backends.eager_topk import topk
 
     if tail == "renormalize" and divergence.infinite_p:
@@ -269,6 +269,82 @@ def test_renormalize_at_another_temperature_and_precision(topk):
         x = problem(2, 60, 8, T=t_T)
         x.logprobs = x.logprobs.to(torch.bfloat16 if T == 1 else torch.float64)
         assert_as_exact_as_torch(topk, x, JSD(), "renormalize", T=T, t_T=t_T, alpha=0.5)
+
+
+class Sum(Divergence):
+    """A sum as far as a row function looks."""
+
+    def __init__(self, *parts):
+        self.every = parts
+
+    parts = property(lambda self: self.every)
+
+    @property
+    def pooled_terms(self):
+        return tuple(sum(w * d.pooled_terms[i] for w, d in self.parts) for i in (0, 1))
+
+
+@every_tail
+def test_a_sum_is_the_sum(tail, topk):
+    parts = [(0.5, ForwardKL()), (2.0, JSD(0.3)), (1.0, Hellinger())]
+    x = problem()
+    value, grad = run(topk, x, Sum(*parts), tail, T=2.0)
+    each = [run(topk, x, d, tail, T=2.0) for _, d in parts]
+    expected = sum(w * one[0][0] for (w, _), one in zip(parts, each, strict=True))
+    torch.testing.assert_close(value[0], expected, rtol=1e-5, atol=1e-6)
+    expected = sum(w * one[1] for (w, _), one in zip(parts, each, strict=True))
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
+
+
+class OnDevice(Divergence):
+    """A divergence whose numbers are tensors."""
+
+    def __init__(self, of):
+        self.of = of
+
+    parts = property(lambda self: ((1.0, self),))
+    numbers = property(lambda self: tuple(map(on_device, self.of.numbers)))
+    pooled_terms = property(lambda self: tuple(map(on_device, self.of.pooled_terms)))
+    infinite_p = property(lambda self: on_device(self.of.infinite_p).bool())
+    infinite_q = property(lambda self: on_device(self.of.infinite_q).bool())
+
+    def triton_term(self):
+        return self.of.triton_term()
+
+
+def on_device(x):
+    return torch.tensor(float(x), dtype=torch.float64, device=DEVICE)
+
+
+@every_poolable
+@every_tail
+def test_numbers_on_the_device(divergence, tail):
+    """They give what the same numbers give as launch arguments."""
+    from fastkd.kernels.topk import topk
+
+    x = problem()
+    x.student[0, 1, ::3] = -INF
+    for T, labels in ((1.0, 0.5), (0.7, 1.0)):
+        expected = run(topk, x, divergence, tail, T=T, alpha=labels, t_T=2.0)
+        ours = run(topk, x, OnDevice(divergence), tail, T=on_device(T), alpha=labels, t_T=2.0)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
+
+
+@every_tail
+def test_a_divergence_that_is_only_measured(tail, topk):
+    """It has no part in the gradient, not even as 0 · NaN."""
+    for T in (1.0, 2.0):
+        x = problem(T=T)
+        values, _ = run(topk, x, JSD(), tail, T=T, alpha=0.5)
+        measured, grad = run(topk, x, JSD(), tail, T=T, alpha=0.5, learns=False)
+        assert torch.equal(measured, values)
+        z = x.student[0].double().requires_grad_()
+        (F.cross_entropy(z, x.labels, reduction="none") * x.weight / 2).sum().backward()
+        torch.testing.assert_close(grad.double(), z.grad, rtol=1e-4, atol=1e-6)
+        x.logprobs[0, 0] = math.nan
+        measured, again = run(topk, x, JSD(), tail, T=T, alpha=0.5, learns=False)
+        assert measured[0, 0].isnan() and torch.equal(again, grad)
+        assert (run(topk, x, JSD(), tail, T=T, learns=False)[1] == 0).all()
 
 
 # --- Hostile numbers -----------------------------------------------------

@@ -14,29 +14,35 @@ The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a mult
     ∂D/∂z_v = (s_v - q_v Σ s) / T
 
 Your own divergence is a subclass with a name of its own; it gets the fused kernel,
-`divergence="its name"` and everything else. Pearson's χ² = Σ q (p/q - 1)² has ∂/∂q = 1 - (p/q)²
-and so, up to a multiple of q, the slope -p²/q:
+`divergence="its name"` and everything else. Pearson's χ² = Σ p²/q - 1 has the slope -p²/q, and is
++inf where q = 0 < p, which a term cannot say: its logarithms are finite.
 
     @triton.jit
     def chi2_term(log_p, log_q, p, q, a, b):  # a, b: the dataclass's first two numbers, or 0
-        ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
-        return q * (ratio - 1) * (ratio - 1), -p * ratio
+        ratio = tl.exp(tl.minimum(log_p - log_q, 80.0))  # e^89 is infinite in fp32, 0 · inf a NaN
+        return (p - q) * (ratio - 1), -p * ratio
 
     @dataclass(frozen=True)
     class PearsonChi2(fastkd.Divergence):
         name = "pearson_chi2"
+        infinite_q = True
 
         def formula(self, log_p, log_q):
-            return ((log_p - log_q).exp() - 1).square().mul(log_q.exp()).sum(-1)
+            return (2 * log_p - log_q).exp().sum(-1) - 1
 
         def term(self, log_p, log_q, p, q):
-            ratio = (log_p - log_q).clamp(max=40).exp()
-            return (q * (ratio - 1).square()).sum(-1), -p * ratio
+            ratio = (log_p - log_q).clamp(max=80).exp()
+            return ((p - q) * (ratio - 1)).sum(-1), -p * ratio
 
         def triton_term(self):
             return chi2_term
 
-Then `fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")`.
+Then `fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")`. A built-in one does
+without `triton_term`: it is found by its name in kernels/terms.py.
+
+`fastkd.testing.check_divergence(PearsonChi2())` checks all of this, the formula against the terms
+of both backends and against finite differences, and what is declared; and says what could be
+declared beside (here `pooled_terms`, for top-k teachers).
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import divergences, reference
@@ -298,10 +297,12 @@ def _check_slope(d: Divergence) -> None:
             lambda h, T=T, each=each: d.reference(student + h * each, teacher, T)
         )
         derivative, limit = derivative.T, limit.T
+        by_autograd = _run(reference.kd_loss, student, teacher, **settings)
+        ours = _on("eager", torch.float64, student, teacher, **settings)
         for what, found in (
-            ("the formula's own gradient (autograd)", _run(reference.kd_loss, student, teacher, **settings)),
-            ("the torch term's slope: the gradient", _on("eager", torch.float64, student, teacher, **settings)),
-        ):  # fmt: skip
+            ("the formula's own gradient (autograd)", by_autograd),
+            ("the torch term's slope: the gradient", ours),
+        ):
             at = _worst(found.grad, derivative, limit)
             if at:
                 _require(
@@ -409,9 +410,7 @@ def _check_hostile(d: Divergence, backend: str) -> None:
     for row, of_teacher in ((0, False), (1, True)):
         column = torch.arange(40) == 4
         _, diverges = _towards_dead(d, of_teacher)
-        floored = [
-            torch.where(column & (x == -INF), -1e5, x) for x in (student[row], teacher[row])
-        ]
+        floored = [torch.where(column & (x == -INF), -1e5, x) for x in (student[row], teacher[row])]
         expected.append(INF if diverges else d.reference(*floored, 1.0).item())
     alive = (student[2] > -INF).nonzero().flatten()
     share = len(alive) / 40 if of_logits else 1.0
@@ -421,7 +420,7 @@ def _check_hostile(d: Divergence, backend: str) -> None:
     word = {"eager": "torch", "triton": "Triton"}[backend]
     for dtype in (torch.float32,) if backend == "triton" else (torch.float32, torch.float64):
         of = f"({word} term, {str(dtype)[6:]})"
-        value, grad = _on(backend, dtype, student, teacher, divergence=d)
+        value, grad = _on(backend, dtype, student, teacher, divergence=d, compensate=False)
         for row, where in enumerate(rows):
             _require(not value[row].isnan(), d, f"the value is NaN where {where} {of}")
             _require(value[row] >= 0, d, f"the value is {value[row]:.6g} where {where} {of}")
@@ -548,7 +547,7 @@ def _check_bucket(d: Divergence, backend: str) -> None:
     device = _device(backend)
     with _environment(backend):
         list_ = TopK(ids.to(device), logprobs.to(device, dtype))
-        ours = _run(kd_loss, student.to(device, dtype), list_, divergence=d)
+        ours = _run(kd_loss, student.to(device, dtype), list_, divergence=d, compensate=False)
     # The rest is 1 - Σ p, a difference.
     limit = 64 * torch.finfo(dtype).eps / rest.exp().min().item() * max(1.0, pooled.max().item())
     at = _worst(ours.value, pooled, limit)
@@ -600,7 +599,7 @@ def _check_compiled(d: Divergence) -> None:
     student, teacher = _normal(4, 12, seed=15), _normal(4, 12, seed=16)
     plain = _on("eager", torch.float64, student, teacher, divergence=d)
     with _environment("eager"):
-        compiled = torch.compile(kd_loss, fullgraph=True)
+        compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
         ours = _run(compiled, student, teacher, divergence=d)
     for what in ("value", "grad"):
         a, b = getattr(plain, what), getattr(ours, what)
@@ -713,7 +712,7 @@ def _check_roles(
 
 
 def _agree(
-    x: Any, what: str, ours: Tensor, truth: Tensor, dtype: torch.dtype = torch.float64
+    x: Source, what: str, ours: Tensor, truth: Tensor, dtype: torch.dtype = torch.float64
 ) -> None:
     """In half of the digits."""
     finite = truth[truth.isfinite()].abs()
@@ -834,9 +833,7 @@ def _directions(s: Source, which: list[int], seed: int = 0) -> list[Tensor | Non
 def _moved(s: Source, which: list[int], h: float, seed: int = 0) -> Source:
     parcel = pack(s)
     steps = _directions(s, which, seed)
-    tensors = [
-        x if v is None else x + h * v for x, v in zip(parcel.tensors, steps, strict=True)
-    ]
+    tensors = [x if v is None else x + h * v for x, v in zip(parcel.tensors, steps, strict=True)]
     return unpack(parcel._replace(tensors=tensors))
 
 
@@ -956,8 +953,11 @@ def _check_ignored(s: Source, leaves: list[bool] | None) -> None:
     for workspace in _workspaces(needed, V):
         before, after = run(s, workspace), run(hostile, workspace)
         for name, a, b in zip(names, before, after, strict=True):
-            what = f"as a {role}, with NaN in rows that do not count, the {name}"
-            _agree(s, f"{what} (workspace_bytes={workspace})", b, a)
+            end = f"(workspace_bytes={workspace})"
+            lost = int((~a.isfinite()).sum())
+            what = f"as a {role} with rows that do not count, the {name}"
+            _require(not lost, s, f"{what} is not finite in {lost} entries: never written? {end}")
+            _agree(s, f"as a {role}, with NaN in rows that do not count, the {name} {end}", b, a)
 
 
 def _differentiated(s: Source, leaves: list[bool]) -> tuple[Source, list[Tensor]]:
@@ -970,6 +970,18 @@ def _differentiated(s: Source, leaves: list[bool]) -> tuple[Source, list[Tensor]
     return unpack(parcel._replace(tensors=tensors)), wanted
 
 
+@torch.no_grad()
+def _check_memory(s: Source, leaves: list[bool]) -> None:
+    """Where the gradient of a chunk's logits goes."""
+    reader = _worker(s, s.entries, False, leaves)
+    reader.prepare(2)
+    grad = reader.grad_of(reader.logits(1, 3), 1, 3)
+    expected = 2, s.entries
+    good = isinstance(grad, Tensor) and grad.shape == expected and grad.is_contiguous()
+    got = f"strides {grad.stride()} of {tuple(grad.shape)}" if isinstance(grad, Tensor) else grad
+    _require(good, s, f"grad_of must give contiguous {expected} memory for two rows, got {got}")
+
+
 def _check_gradients(s: Source, leaves: list[bool]) -> None:
     """Against finite differences of the loss, each tensor along two directions."""
     V, T = s.entries, math.prod(s.leading)
@@ -979,6 +991,15 @@ def _check_gradients(s: Source, leaves: list[bool]) -> None:
     labels.view(-1)[1] = -100
     needed = _worker(s, V, False).row_bytes(V)
     which = [i for i, wanted in enumerate(leaves) if wanted]
+    for i in which if s.row_by_row else ():
+        shape = tuple(tensors_of(s)[i].shape)
+        _require(
+            shape[:-1] == tuple(s.leading),
+            s,
+            f"row_by_row is True, but {_field(s, i)} has no row for each position: its shape is"
+            f" {shape}, leading is {tuple(s.leading)}",
+        )
+    _check_memory(s, leaves)
     weights = torch.ones_like(upstream)
     cases = [
         (weights, {}, "T = 1, upstream gradient 1"),

@@ -136,7 +136,7 @@ def _device(backend: str) -> str:
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
-    """In float64, but exact in fp32: nothing is lost where it is cast."""
+    """In float64, of values that fp32 holds: most inputs are exact in both."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).double()
 
@@ -321,7 +321,8 @@ def _check_values(d: Divergence, backend: str) -> None:
     places = {0: "where student = teacher", 1: "where the two are close"}
     teacher = (student + change).float().double()
     labels = torch.arange(8) * 5
-    labels[5] = -100
+    labels[3] = -100
+    few = slice(0, 4 if backend == "triton" else 8)  # the interpreter takes its time
     dtypes = [torch.float32] if backend == "triton" else [torch.float64, torch.float32]
     word = {"eager": "torch", "triton": "Triton"}[backend]
     for settings, y in (
@@ -334,10 +335,11 @@ def _check_values(d: Divergence, backend: str) -> None:
         least = truth.value.min().item()
         _require(least >= -64 * EPS_64, d, f"the formula is negative: {least:.6g}")
         for dtype in dtypes:
-            ours = _on(backend, dtype, student, teacher, y, **settings)
+            sides = student[few], teacher[few], None if y is None else y[few]
+            ours = _on(backend, dtype, *sides, **settings)
             for what in ("value", "grad"):
                 o, t, p = (getattr(x, what) for x in (ours, truth, plain))
-                limit = _limit(p, t, dtype)
+                limit, t = _limit(p, t, dtype), t[few]
                 at = _worst(o, t, limit)
                 if at:
                     where = places.get(at[0], f"row {at[0]}")
@@ -391,19 +393,16 @@ def _towards_dead(d: Divergence, of_teacher: bool) -> tuple[float, bool]:
 
 def _check_hostile(d: Divergence, backend: str) -> None:
     """-inf and extreme logits through `kd_loss`."""
-    student, teacher = _normal(8, 40, seed=9), _normal(8, 40, seed=10)
+    student, teacher = _normal(7, 40, seed=9), _normal(7, 40, seed=10)
     student[0, 4] = teacher[1, 4] = -INF
     student[2, 10:30] = teacher[2, 10:30] = -INF
     student[3], teacher[3] = 1e4 * student[3].sign(), 1e4 * teacher[3].sign()
     student[4, 5], teacher[4, 9] = 1e4, 1e4
     student[5], teacher[5] = student[5] * 30, teacher[5] * 30
-    student[6], teacher[6] = 0, 3e4
-    student[7, 20:] = -INF
-    teacher[7, :20] = -INF
+    student[6, 20:] = teacher[6, :20] = -INF
     rows = (
         "q = 0 < p", "p = 0 < q", "entries are -inf on both sides", "logits are ±1e4",
-        "both sides are one-hot, elsewhere", "logits are ±60", "logits are all alike",
-        "the supports do not meet",
+        "both sides are one-hot, elsewhere", "logits are ±60", "the supports do not meet",
     )  # fmt: skip
     of_logits = any(part.kind == "logits" for _, part in d.parts)
     expected = []
@@ -523,9 +522,7 @@ def _textbook(d: Divergence, logs: tuple[Tensor, Tensor], value: Tensor, excess:
 
 def _check_bucket(d: Divergence, backend: str) -> None:
     """A top-k teacher's divergence is the formula's of the pooled outcomes, and never larger."""
-    student, teacher = _normal(4, 12, seed=13).log_softmax(-1), _normal(4, 12, seed=14) * 2
-    teacher = teacher.float().double().log_softmax(-1)
-    student = student.float().double()
+    student, teacher = _normal(2, 12, seed=13), (_normal(2, 12, seed=14) * 2).log_softmax(-1)
     logprobs, ids = teacher.topk(5)
     logprobs = logprobs.float().double()
     rest = torch.log1p(-logprobs.exp().sum(-1, keepdim=True))
@@ -577,7 +574,7 @@ def _check_tensors_as_numbers(d: Divergence, backend: str) -> None:
     other = replace_tensors(_with_tensors(d), lambda x: x.to(_device(backend)))
     if not tensors_of(other):
         return
-    student, teacher = _normal(4, 12, seed=15), _normal(4, 12, seed=16)
+    student, teacher = _normal(1, 12, seed=15), _normal(1, 12, seed=16)
     dtype = torch.float32 if backend == "triton" else torch.float64
     plain, ours = (
         _on(backend, dtype, student, teacher, divergence=x, temperature=2.5) for x in (d, other)

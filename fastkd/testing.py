@@ -59,6 +59,8 @@ def check_divergence(d: str | Divergence, *, compiled: bool = False) -> list[str
         TypeError, ValueError: where it is no divergence that `kd_loss` takes.
     """
     d = divergences.get(d)
+    for _, part in d.parts:
+        _check_fields(part)
     notes: list[str] = []
     backends = ["eager"]
     reason = _no_triton(d)
@@ -68,7 +70,6 @@ def check_divergence(d: str | Divergence, *, compiled: bool = False) -> list[str
     else:
         backends.append("triton")
     for _, part in d.parts:
-        _check_fields(part)
         _check_term(part, notes)
     _check_slope(d)
     for backend in backends:

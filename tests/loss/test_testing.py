@@ -136,7 +136,7 @@ def test_broken_divergences(line):
     assert "\n" not in str(error.value) and str(error.value).startswith("BrokenPearsonChi2")
 
 
-class Lost(ForwardKL):
+class Lost(PearsonChi2):
     """Its number is none of the dataclass's."""
 
     name = "lost"

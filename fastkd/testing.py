@@ -58,7 +58,7 @@ def check_divergence(d: str | Divergence, *, compiled: bool = False) -> list[str
         AssertionError: naming the property, the place and both numbers.
         TypeError, ValueError: where it is no divergence that `kd_loss` takes.
     """
-    d = divergences.get(d)
+    d = replace_tensors(divergences.get(d), float)
     for _, part in d.parts:
         _check_fields(part)
     notes: list[str] = []
@@ -120,7 +120,7 @@ def _no_triton(d: Divergence) -> str:
         return "triton is not installed"
     for _, part in d.parts:
         try:
-            part.triton_term()
+            part.triton_term(), part.numbers
         except TypeError as error:
             return str(error)
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -162,19 +162,20 @@ def _on(backend: str, dtype: torch.dtype, student, teacher, labels=None, **setti
         return _run(kd_loss, student, teacher, labels, **settings)
 
 
-def _limit(plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """How far from the truth a result may be, by what plain torch gives in fp32."""
-    size = max(truth.abs().max().item(), 1.0)
-    limit = 2 * (plain - truth).abs().max().item() + 8 * EPS_32 * size
+def _limit(plain: Tensor, truth: Tensor, dtype: torch.dtype, size: float = 1.0) -> float:
+    """How far from the truth a result may be, by what plain torch gives in fp32; its terms are
+    probabilities, times `size`."""
+    error = (plain - truth).abs().max().item() if len(truth) else 0.0
+    limit = 2 * error + 8 * EPS_32 * max(_size(truth), size)
     return limit if dtype == torch.float32 else limit * (EPS_64 / EPS_32)
 
 
-def _difference(f: Callable[[float], Tensor]) -> tuple[Tensor, Tensor]:
-    """The derivative of f at 0, and how exact it is."""
+def _difference(f: Callable[[float], Tensor], noise: float | None = None) -> tuple[Tensor, Tensor]:
+    """The derivative of f at 0, and how exact it is, by the `noise` that f has."""
     near, far = ((f(h) - f(-h)) / (2 * h) for h in (STEP, 2 * STEP))
     best = (4 * near - far) / 3
-    rounding = 8 * EPS_64 * max(f(0.0).abs().max().item(), 1.0) / STEP
-    return best, (best - near).abs() + rounding
+    noise = 8 * EPS_64 * _size(f(0.0)) if noise is None else noise
+    return best, (best - near).abs() + noise / STEP
 
 
 def _worst(ours: Tensor, truth: Tensor, limit: float | Tensor) -> tuple[int, ...] | None:
@@ -186,24 +187,39 @@ def _worst(ours: Tensor, truth: Tensor, limit: float | Tensor) -> tuple[int, ...
     return tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
 
 
+def _close(x: Any, ours: Tensor, truth: Tensor, limit: float | Tensor, message: str) -> None:
+    """`message` may have {ours}, {truth}, {row} and {entry} of where they are furthest apart."""
+    at = _worst(ours, truth, limit)
+    if at is not None:
+        row, entry = (at[0], at[-1]) if at else (0, 0)
+        numbers = dict(ours=f"{ours[at]:.8g}", truth=f"{truth[at]:.8g}", row=row, entry=entry)
+        _require(False, x, message.format(**numbers))
+
+
+def _weight(d: Divergence) -> float:
+    """Of all its parts together."""
+    return sum(weight for weight, _ in d.parts)
+
+
+def _size(*xs: Tensor) -> float:
+    """The largest number, or 1."""
+    return max([1.0, *(x[x.isfinite()].abs().max().item() for x in xs if x.isfinite().any())])
+
+
 # --- Divergences -----------------------------------------------------------
 
 
 def _check_fields(d: Divergence) -> None:
     _require(d.kind in KINDS, d, f"kind must be one of {', '.join(KINDS)}, got {d.kind!r}")
     _check_packing(d)
-    _require(unpack(pack(d)) == d, d, "is not itself after it was packed: its fields must be all")
+    _require(unpack(pack(d)) == d, d, "is not itself after it was packed")
 
 
 def _check_packing(x: Packed) -> None:
     names = {field.name for field in dataclasses.fields(x)}
     lost = sorted(set(getattr(x, "__dict__", {})) - names)
-    _require(
-        not lost,
-        x,
-        f"{', '.join(lost)} is no field of the dataclass, and does not reach the operator: make it"
-        " a field, or a property of them",
-    )
+    line = f"{', '.join(lost)} is no field of the dataclass: it does not reach the operator"
+    _require(not lost, x, line)
 
 
 def _sides(d: Divergence, student: Tensor, teacher: Tensor) -> list[Tensor]:
@@ -230,53 +246,28 @@ def _check_term(d: Divergence, notes: list[str]) -> None:
     student, change = _normal(6, 40, seed=1) * 2, _normal(6, 40, seed=2)
     sides = _sides(d, student, student + change)
     value, slope = _term(d, sides)
-    expected = student.shape[:-1], student.shape
-    got = value.shape, slope.shape
-    _require(
-        got == expected,
-        d,
-        f"the torch term must give values of shape {tuple(expected[0])} and slopes of"
-        f" {tuple(expected[1])}, got {tuple(got[0])} and {tuple(got[1])}",
-    )
+    got = tuple(value.shape), tuple(slope.shape)
+    line = f"the torch term must give values of shape (6,) and slopes of (6, 40), got {got}"
+    _require(got == ((6,), (6, 40)), d, line)
     if d.kind != "logits":
         given = [x.clone() for x in sides]
         q = given[3 if d.kind == "probabilities" else 4]
         before = q.clone()
         d.term(*given)
-        at = _worst(q, before, 0.0)
-        if at:
-            _require(
-                False,
-                d,
-                f"the torch term changes q, which is read after it: {q[at]:.6g} at row {at[0]},"
-                f" entry {at[1]}, was {before[at]:.6g}",
-            )
+        line = "the torch term changes q, which is read after it: {ours}, was {truth}, at row {row}"
+        _close(d, q, before, 0.0, line)
     parts = [_term(d, [x[:, part] for x in sides]) for part in (slice(0, 15), slice(15, 40))]
-    rounding = 64 * EPS_64 * max(value.abs().max().item(), slope.abs().max().item(), 1.0)
-    for what, whole, of_parts in (
-        ("value", value, parts[0][0] + parts[1][0]),
-        ("slope", slope, torch.cat([parts[0][1], parts[1][1]], -1)),
-    ):
-        at = _worst(of_parts, whole, rounding)
-        if at:
-            _require(
-                False,
-                d,
-                f"the torch term's {what} is no sum over the vocabulary: of two parts"
-                f" {of_parts[at]:.6g}, of the whole {whole[at]:.6g}, at row {at[0]}",
-            )
+    rounding = 64 * EPS_64 * _size(value, slope)
+    line = "the torch term's {} is no sum over the vocabulary: of two parts {{ours}}, of the whole"
+    line += " {{truth}}, at row {{row}}"
+    _close(d, parts[0][0] + parts[1][0], value, rounding, line.format("value"))
+    _close(d, torch.cat([parts[0][1], parts[1][1]], -1), slope, rounding, line.format("slope"))
     total = slope.sum(-1)
     if d.kind == "logits":
         return  # its slopes are the gradient: no sum of them has a part in it
     if d.slope_sum is not None:
-        at = _worst(total, torch.full_like(total, d.slope_sum), rounding)
-        if at:
-            _require(
-                False,
-                d,
-                f"slope_sum is declared as {d.slope_sum}, but the torch slopes sum to"
-                f" {total[at]:.6g} at row {at[0]}",
-            )
+        line = "slope_sum is declared as {truth}, but the torch slopes sum to {ours} at row {row}"
+        _close(d, total, torch.full_like(total, d.slope_sum), rounding, line)
     elif total.max() - total.min() <= rounding:
         constant = round(total[0].item(), 12) + 0.0
         notes.append(f"{_name(d)}: Σ slope is always {constant:g}: slope_sum could say so")
@@ -290,12 +281,16 @@ def _check_slope(d: Divergence) -> None:
     ):
         return  # it may hold its target: then autograd's gradient alone says what is meant
     student, change = _normal(3, 7, seed=3) * 2, _normal(3, 7, seed=4)
-    teacher = student + change
+    teacher = (student + change).float().double()
     for T in (1.0, 2.5):
         settings = dict(divergence=d, temperature=T, compensate=False)
         each = torch.eye(7, dtype=torch.float64)[:, None]  # (V, 1, V): one entry at a time
+        truth, plain = (d.reference(s, t, T) for s, t in (
+            (student, teacher), (student.float(), teacher.float())
+        ))  # fmt: skip
         derivative, limit = _difference(
-            lambda h, T=T, each=each: d.reference(student + h * each, teacher, T)
+            lambda h, T=T, each=each: d.reference(student + h * each, teacher, T),
+            4 * _limit(plain, truth, torch.float64, _weight(d)),
         )
         derivative, limit = derivative.T, limit.T
         by_autograd = _run(reference.kd_loss, student, teacher, **settings)
@@ -304,14 +299,9 @@ def _check_slope(d: Divergence) -> None:
             ("the formula's own gradient (autograd)", by_autograd),
             ("the torch term's slope: the gradient", ours),
         ):
-            at = _worst(found.grad, derivative, limit)
-            if at:
-                _require(
-                    False,
-                    d,
-                    f"{what} is {found.grad[at]:.8g} where finite differences of the formula give"
-                    f" {derivative[at]:.8g}, at T = {T}, row {at[0]}, entry {at[1]} (float64)",
-                )
+            line = f"{what} is {{ours}} where finite differences of the formula give {{truth}}, at"
+            line += f" T = {T}, row {{row}}, entry {{entry}} (float64)"
+            _close(d, found.grad, derivative, limit, line)
 
 
 def _check_values(d: Divergence, backend: str) -> None:
@@ -319,7 +309,6 @@ def _check_values(d: Divergence, backend: str) -> None:
     student, change = _normal(8, 40, seed=5) * 2, _normal(8, 40, seed=6)
     change[0] = 0
     change[1] *= 2.0**-7
-    places = {0: "where student = teacher", 1: "where the two are close"}
     teacher = (student + change).float().double()
     labels = torch.arange(8) * 5
     labels[3] = -100
@@ -327,12 +316,14 @@ def _check_values(d: Divergence, backend: str) -> None:
     dtypes = [torch.float32] if backend == "triton" else [torch.float64, torch.float32]
     word = {"eager": "torch", "triton": "Triton"}[backend]
     for settings, y in (
-        (dict(temperature=1.0), None),
+        (dict(temperature=1.0, alpha=1.0), None),
         (dict(temperature=2.5, alpha=0.6), labels),
     ):
         settings = dict(divergence=d, **settings)
         truth = _run(reference.kd_loss, student, teacher, y, **settings)
         plain = _run(reference.kd_loss, student.float(), teacher.float(), y, **settings)
+        factor = d.compensated(settings["temperature"])
+        size = _weight(factor[0]) * factor[1]
         least = truth.value.min().item()
         _require(least >= -64 * EPS_64, d, f"the formula is negative: {least:.6g}")
         for dtype in dtypes:
@@ -340,20 +331,13 @@ def _check_values(d: Divergence, backend: str) -> None:
             ours = _on(backend, dtype, *sides, **settings)
             for what in ("value", "grad"):
                 o, t, p = (getattr(x, what) for x in (ours, truth, plain))
-                limit, t = _limit(p, t, dtype), t[few]
-                at = _worst(o, t, limit)
-                if at:
-                    where = places.get(at[0], f"row {at[0]}")
-                    where += f", entry {at[1]}" if len(at) > 1 else ""
-                    mixed = ", alpha = 0.6" if y is not None else ""
-                    name = {"value": "value", "grad": "slope: the gradient"}[what]
-                    _require(
-                        False,
-                        d,
-                        f"the {word} term's {name} is {o[at]:.8g} where the formula gives"
-                        f" {t[at]:.8g}, at T = {settings['temperature']}{mixed}, {where}"
-                        f" ({str(dtype)[6:]}: the limit is {limit:.1e})",
-                    )
+                limit, t = _limit(p, t, dtype, size), t[few]
+                name = {"value": "value", "grad": "slope: the gradient"}[what]
+                line = f"the {word} term's {name} is {{ours}} where the formula gives {{truth}},"
+                line += f" at T = {settings['temperature']}, alpha = {settings['alpha']}, row"
+                line += " {row} (0: student = teacher, 1: close), entry {entry}"
+                line += f" ({str(dtype)[6:]}, within {limit:.1e})"
+                _close(d, o, t, limit, line)
 
 
 def _check_infinities(d: Divergence) -> None:
@@ -363,13 +347,9 @@ def _check_infinities(d: Divergence) -> None:
     for name, which in (("infinite_p", "p = 0 < q"), ("infinite_q", "q = 0 < p")):
         value, diverges = _towards_dead(d, name == "infinite_p")
         declared = bool(getattr(d, name))
-        grows = f"the formula grows without bound where {which}"
-        settles = f"the formula goes to {value:.6g} where {which}"
-        _require(
-            declared == diverges,
-            d,
-            f"{name} is {declared}, but {grows if diverges else settles}",
-        )
+        does = "grows without bound" if diverges else f"goes to {value:.6g}"
+        line = f"{name} is {declared}, but the formula {does} where {which}"
+        _require(declared == diverges, d, line)
 
 
 def _towards_dead(d: Divergence, of_teacher: bool) -> tuple[float, bool]:
@@ -405,18 +385,8 @@ def _check_hostile(d: Divergence, backend: str) -> None:
         "q = 0 < p", "p = 0 < q", "entries are -inf on both sides", "logits are ±1e4",
         "both sides are one-hot, elsewhere", "logits are ±60", "the supports do not meet",
     )  # fmt: skip
-    of_logits = any(part.kind == "logits" for _, part in d.parts)
-    expected = []
-    for row, of_teacher in ((0, False), (1, True)):
-        column = torch.arange(40) == 4
-        _, diverges = _towards_dead(d, of_teacher)
-        floored = [torch.where(column & (x == -INF), -1e5, x) for x in (student[row], teacher[row])]
-        expected.append(INF if diverges else d.reference(*floored, 1.0).item())
-    alive = (student[2] > -INF).nonzero().flatten()
-    share = len(alive) / 40 if of_logits else 1.0
-    if not of_logits or all(part.kind == "logits" for _, part in d.parts):
-        expected.append(share * d.reference(student[2, alive], teacher[2, alive], 1.0).item())
-    expected = torch.tensor(expected, dtype=torch.float64)
+    expected = _of_dead(d, student, teacher)
+    plain = _of_dead(d, student.float(), teacher.float())
     word = {"eager": "torch", "triton": "Triton"}[backend]
     for dtype in (torch.float32,) if backend == "triton" else (torch.float32, torch.float64):
         of = f"({word} term, {str(dtype)[6:]})"
@@ -424,38 +394,40 @@ def _check_hostile(d: Divergence, backend: str) -> None:
         for row, where in enumerate(rows):
             _require(not value[row].isnan(), d, f"the value is NaN where {where} {of}")
             _require(value[row] >= 0, d, f"the value is {value[row]:.6g} where {where} {of}")
-            bad = (~grad[row].isfinite()).nonzero().flatten().tolist()
-            if bad:
-                _require(
-                    False,
-                    d,
-                    f"the gradient is {grad[row, bad[0]]:.6g} at entry {bad[0]} where {where}"
-                    f" {of}: a power of a ratio needs a bound",
-                )
-        eps = torch.finfo(dtype).eps
-        finite = expected[expected.isfinite()].abs()
-        limit = 64 * eps * max(1.0, finite.max().item() if len(finite) else 1.0)
-        at = _worst(value[: len(expected)], expected, limit)
-        if at:
-            _require(
-                False,
-                d,
-                f"the value is {value[at]:.6g} where {rows[at[0]]}, the definition gives"
-                f" {expected[at]:.6g} {of}",
-            )
+            bad = grad[row][~grad[row].isfinite()].tolist()
+            line = f"the gradient is {bad[:1]} where {where} {of}: a power needs a bound"
+            _require(not bad, d, line)
+        known = expected.isfinite()
+        limit = _limit(plain[known], expected[known], dtype, _weight(d))
+        for row, truth in enumerate(expected):
+            line = f"the value is {{ours}} where {rows[row]}, the definition gives {{truth}} {of}"
+            _close(d, value[row], truth, limit, line)
         dead = grad[2, 10:30].abs().max()
         _require(dead == 0, d, f"the gradient is {dead:.6g} where {rows[2]} {of}")
+
+
+def _of_dead(d: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """What the first three rows of `_check_hostile` should be, by the definition's limit; the third
+    not where a sum holds both a mean over all entries and others."""
+    expected = []
+    for row, of_teacher in ((0, False), (1, True)):
+        floored = (x[row].masked_fill(x[row] == -INF, -1e5) for x in (student, teacher))
+        _, diverges = _towards_dead(d, of_teacher)
+        expected.append(INF if diverges else d.reference(*floored, 1.0).item())
+    alive = student[2] > -INF
+    kinds = {part.kind == "logits" for _, part in d.parts}
+    if len(kinds) == 1:
+        share = alive.double().mean().item() if True in kinds else 1.0
+        expected.append(share * d.reference(student[2, alive], teacher[2, alive], 1.0).item())
+    return torch.tensor(expected, dtype=torch.float64)
 
 
 def _check_pooling(d: Divergence, notes: list[str]) -> None:
     """`pooled_terms` against the torch term and the formula."""
     declared = d.pooled_terms
     if d.kind != "probabilities":
-        _require(
-            declared is None,
-            d,
-            f"pooled_terms is {declared}, but kind {d.kind!r} is no sum over probabilities",
-        )
+        line = f"pooled_terms is {declared}, but kind {d.kind!r} is no sum over probabilities"
+        _require(declared is None, d, line)
         return
     log_p, log_q = (_normal(4, 12, seed=seed).log_softmax(-1) for seed in (11, 12))
 
@@ -467,9 +439,9 @@ def _check_pooling(d: Divergence, notes: list[str]) -> None:
 
     value, slope = entries(log_p, log_q)
     half, _ = entries(log_p - math.log(2), log_q - math.log(2))
-    rounding = 256 * EPS_64 * max(value.abs().max().item(), 1.0)
+    rounding = 256 * EPS_64 * _size(value)
     # Where it scales with p and q, outcomes may be added up.
-    at = _worst(2 * half, value, rounding)
+    scales = _worst(2 * half, value, rounding) is None
     p, q = log_p.exp(), log_q.exp()
     derivative, limit = _difference(lambda h: entries(log_p, log_q + h)[0])  # q · ∂/∂q
     together = (derivative - slope) / q  # c + e
@@ -478,34 +450,20 @@ def _check_pooling(d: Divergence, notes: list[str]) -> None:
     c_and_e = round(together.mean().item(), 6) + 0.0
     c = _textbook(d, (log_p, log_q), value, p - q)
     if declared is None:
-        if at is None and even:
+        if scales and even:
             c = 0.0 if c is None else c
-            notes.append(
-                f"{_name(d)}: may be pooled: pooled_terms = ({c:g}, {c_and_e - c:g}) would let it"
-                " take top-k teachers"
-            )
+            line = f"may be pooled: pooled_terms = ({c:g}, {c_and_e - c:g}), for top-k teachers"
+            notes.append(f"{_name(d)}: {line}")
         return
     declared = tuple(float(x) for x in declared)
-    if at:
-        _require(
-            False,
-            d,
-            f"pooled_terms is {declared}, but outcomes may not be pooled: at p/2, q/2 the torch"
-            f" term is {half[at]:.6g}, not half of {value[at]:.6g}",
-        )
-    _require(
-        even and abs(together.mean().item() - sum(declared)) <= 2 * limit,
-        d,
-        f"pooled_terms is {declared}: c + e must be (q · ∂value/∂q - slope) / q, which is"
-        f" {together.min().item():.6g} to {together.max().item():.6g}, not {sum(declared):.6g}",
-    )
+    line = f"pooled_terms is {declared}, but outcomes may not be pooled: at p/2, q/2 the torch term"
+    _close(d, 2 * half, value, rounding, line + " is half of {ours}, not of {truth}")
+    line = f"pooled_terms is {declared}: c + e must be (q · ∂value/∂q - slope) / q, which is"
+    line += f" {together.min().item():.6g} to {together.max().item():.6g}, not {sum(declared):.6g}"
+    _require(even and abs(together.mean().item() - sum(declared)) <= 2 * limit, d, line)
     if c is not None:
-        _require(
-            abs(c - declared[0]) <= 1e-6,
-            d,
-            f"pooled_terms is {declared}, but over a part of the vocabulary the formula is"
-            f" Σ (value + {c:.6g} (p - q))",
-        )
+        line = f"pooled_terms is {declared}, but over a part of the vocabulary the formula is"
+        _require(abs(c - declared[0]) <= 1e-6, d, f"{line} Σ (value + {c:.6g} (p - q))")
 
 
 def _textbook(d: Divergence, logs: tuple[Tensor, Tensor], value: Tensor, excess: Tensor):
@@ -515,7 +473,7 @@ def _textbook(d: Divergence, logs: tuple[Tensor, Tensor], value: Tensor, excess:
         parts = [d.formula(*(x[:, part] for x in logs)) for part in (slice(0, 5), slice(5, None))]
     except TypeError:
         return None
-    if _worst(sum(parts), whole, 256 * EPS_64 * max(whole.abs().max().item(), 1.0)):
+    if _worst(sum(parts), whole, 256 * EPS_64 * _size(whole)):
         return None
     ratio = (parts[0] - value[:, :5].sum(-1)) / excess[:, :5].sum(-1)
     return round(ratio.mean().item(), 6) + 0.0
@@ -533,29 +491,18 @@ def _check_bucket(d: Divergence, backend: str) -> None:
         torch.cat([logprobs, rest], -1), torch.cat([log_q.gather(-1, ids), of_rest], -1)
     )
     whole = d.formula(teacher, log_q)
-    at = _worst(torch.minimum(pooled, whole), pooled, 1e3 * EPS_32)
-    if at:
-        _require(
-            False,
-            d,
-            f"pooled_terms is declared, but pooling outcomes makes it larger: {pooled[at]:.6g}"
-            f" instead of {whole[at]:.6g}",
-        )
+    line = "pooled_terms is declared, but pooling makes it larger: {truth} instead of {ours}"
+    _close(d, torch.minimum(pooled, whole), pooled, 256 * EPS_64 * _size(whole), line)
     dtype = torch.float32 if backend == "triton" else torch.float64
     device = _device(backend)
     with _environment(backend):
         list_ = TopK(ids.to(device), logprobs.to(device, dtype))
         ours = _run(kd_loss, student.to(device, dtype), list_, divergence=d, compensate=False)
     # The rest is 1 - Σ p, a difference.
-    limit = 64 * torch.finfo(dtype).eps / rest.exp().min().item() * max(1.0, pooled.max().item())
-    at = _worst(ours.value, pooled, limit)
-    if at:
-        _require(
-            False,
-            d,
-            f"with a top-k teacher the value is {ours.value[at]:.6g}, the formula of its outcomes"
-            f" {pooled[at]:.6g} ({backend})",
-        )
+    limit = 64 * torch.finfo(dtype).eps / rest.exp().min().item()
+    limit *= max(_size(pooled), _weight(d))
+    line = "with a top-k teacher the value is {ours}, the formula of its outcomes {truth}"
+    _close(d, ours.value, pooled, limit, f"{line} ({backend})")
 
 
 def _with_tensors(d: Divergence) -> Divergence:
@@ -580,17 +527,9 @@ def _check_tensors_as_numbers(d: Divergence, backend: str) -> None:
     plain, ours = (
         _on(backend, dtype, student, teacher, divergence=x, temperature=2.5) for x in (d, other)
     )
-    for what in ("value", "grad"):
-        a, b = getattr(plain, what), getattr(ours, what)
-        limit = 16 * torch.finfo(dtype).eps * max(a.abs().max().item(), 1.0)
-        at = _worst(b, a, limit)
-        if at:
-            _require(
-                False,
-                d,
-                f"with 0-d tensors as its numbers the {what} is {b[at]:.8g}, with floats"
-                f" {a[at]:.8g} ({backend})",
-            )
+    for what, a, b in zip(_Found._fields, plain, ours, strict=True):
+        line = f"with 0-d tensors as its numbers the {what} is {{ours}}, with floats {{truth}}"
+        _close(d, b, a, 16 * torch.finfo(dtype).eps * _size(a), f"{line} ({backend})")
 
 
 def _check_compiled(d: Divergence) -> None:
@@ -599,11 +538,9 @@ def _check_compiled(d: Divergence) -> None:
     with _environment("eager"):
         compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
         ours = _run(compiled, student, teacher, divergence=d)
-    for what in ("value", "grad"):
-        a, b = getattr(plain, what), getattr(ours, what)
-        at = _worst(b, a, 16 * EPS_64 * max(a.abs().max().item(), 1.0))
-        if at:
-            _require(False, d, f"compiled the {what} is {b[at]:.8g}, else {a[at]:.8g}")
+    for what, a, b in zip(_Found._fields, plain, ours, strict=True):
+        line = f"compiled the {what} is {{ours}}, else {{truth}}"
+        _close(d, b, a, 16 * EPS_64 * _size(a), line)
 
 
 # --- Sources ---------------------------------------------------------------
@@ -663,19 +600,14 @@ def check_source(s: Source, *, logits: Tensor | None = None) -> list[str]:
 def _check_declared(s: Source) -> None:
     _check_packing(s)
     _require(isinstance(s.leading, tuple), s, f"leading must be a torch.Size, got {s.leading!r}")
-    _require(
-        isinstance(s.entries, int) or (s.sparse and s.entries is None),
-        s,
-        f"entries must be an int, got {s.entries!r}",
-    )
+    known = isinstance(s.entries, int) or (s.sparse and s.entries is None)
+    _require(known, s, f"entries must be an int, got {s.entries!r}")
     _require(isinstance(s.like, Tensor), s, f"like must be a tensor, got {type(s.like).__name__}")
     _require(s.dtype.is_floating_point, s, f"the logits must be floating, dtype is {s.dtype}")
-    names = {field.name for field in dataclasses.fields(s)}
-    _require(
-        names >= set(s.parameters), s, f"parameters names {s.parameters}, the fields are {names}"
-    )
-    with torch.no_grad():
-        again = unpack(pack(s))
+    names = [field.name for field in dataclasses.fields(s)]
+    line = f"parameters names {s.parameters}, the fields are {names}"
+    _require(set(names) >= set(s.parameters), s, line)
+    again = unpack(pack(s))
     for what in ("leading", "entries", "dtype", "device"):
         was, got = getattr(s, what), getattr(again, what)
         _require(was == got, s, f"{what} is {got} after it was packed, was {was}")
@@ -714,11 +646,9 @@ def _agree(
 ) -> None:
     """In half of the digits."""
     finite = truth[truth.isfinite()].abs()
-    size = max(finite.max().item() if len(finite) else 0.0, 1e-30)
-    at = _worst(ours, truth, torch.finfo(dtype).eps ** 0.5 * size)
-    if at is not None:
-        where = f" at {at}" if at else ""
-        _require(False, x, f"{what} should be {truth[at]:.8g}, got {ours[at]:.8g}{where}")
+    size = finite.max().item() if len(finite) else 0.0
+    line = f"{what} should be {{truth}}, got {{ours}}, at ({{row}}, {{entry}})"
+    _close(x, ours, truth, torch.finfo(dtype).eps ** 0.5 * size, line)
 
 
 def _ask(n: int | None, temperature: float = 1.0) -> Ask:
@@ -745,12 +675,8 @@ def _logits(s: Source, n: int | None, as_teacher: bool, size: int | None = None)
         z = reader.logits(low, high)
         given = tuple(z.shape)
         good = len(given) == 3 and given[0] * given[1] == high - low and given[2] >= n
-        _require(
-            good,
-            s,
-            f"logits of rows {low} to {high} must be (outer, length, {n} or more) with outer ·"
-            f" length = {high - low}, got {given}",
-        )
+        line = f"logits of rows {low} to {high} must be (outer, length, {n} or more) with outer ·"
+        _require(good, s, f"{line} length = {high - low}, got {given}")
         _require(z.stride(-1) == 1, s, f"logits must have unit stride, got {z.stride()}")
         for what in ("dtype", "device"):
             got, said = getattr(z, what), getattr(s, what)
@@ -784,12 +710,8 @@ def _check_row_bytes(s: Source, as_teacher: bool, name: str) -> None:
     z = reader.logits(0, 2)
     owned = {x.untyped_storage().data_ptr() for x in tensors_of(s)}
     least = 0 if z.untyped_storage().data_ptr() in owned else s.entries * z.element_size()
-    _require(
-        takes >= least,
-        s,
-        f"the {name}'s row_bytes is {takes}, but a row's logits are {least} bytes of new memory:"
-        " its chunks would not keep to the workspace",
-    )
+    line = f"the {name}'s row_bytes is {takes}, but a row's logits are {least} bytes of new memory"
+    _require(takes >= least, s, f"{line}: chunks would not keep to the workspace")
 
 
 def _check_effect(s: Source, whole: Tensor, reads: bool) -> None:
@@ -798,11 +720,8 @@ def _check_effect(s: Source, whole: Tensor, reads: bool) -> None:
         if not x.is_floating_point():
             continue
         moved = _logits(_moved(s, [i], 1e-2), s.entries, reads)
-        _require(
-            _worst(moved, whole, 0.0),
-            s,
-            f"{_field(s, i)} has no effect on the logits",
-        )
+        same = _worst(moved, whole, 0.0) is None
+        _require(not same, s, f"{_field(s, i)} has no effect on the logits")
 
 
 def _field(s: Source, i: int) -> str:
@@ -844,18 +763,14 @@ def _check_lists(s: Source) -> None:
         reader = s.reader(_ask(V))
         reader.prepare(size)
         chunks = [reader.chunk(low, min(low + size, T)) for low in range(0, T, size)]
-        _require(
-            all(isinstance(chunk, Sparse) for chunk in chunks),
-            s,
-            f"chunk must give a Sparse, got {type(chunks[0]).__name__}",
-        )
+        line = f"chunk must give a Sparse, got {type(chunks[0]).__name__}"
+        _require(all(isinstance(chunk, Sparse) for chunk in chunks), s, line)
         return Sparse(*(torch.cat([chunk[i] for chunk in chunks]) for i in (0, 1)))
 
     whole = lists(T)
     for i, what in enumerate(("ids", "logprobs")):
-        _require(
-            whole[i].shape[0] == T, s, f"chunk gave {whole[i].shape[0]} rows of {what}, not {T}"
-        )
+        rows = whole[i].shape[0]
+        _require(rows == T, s, f"chunk gave {rows} rows of {what}, not {T}")
         for size in (2, 1):
             got = f"{what} in chunks of {size} rows"
             _agree(s, got, lists(size)[i].double(), whole[i].double())
@@ -863,24 +778,19 @@ def _check_lists(s: Source) -> None:
 
 def _check_refused(s: Source) -> None:
     """As a teacher, whatever requires grad is named, but for `parameters`."""
+    constants = _constants(s)
     for i, x in enumerate(tensors_of(s)):
-        name = _field(s, i)
-        if not x.is_floating_point() or name in s.parameters:
+        if not x.is_floating_point() or any(x is constant for constant in constants):
             continue
         parcel = pack(s)
-        tensors = list(parcel.tensors)
-        tensors[i] = x.clone().requires_grad_()
-        other = unpack(parcel._replace(tensors=tensors))
-        inside = any(name in member.parameters for member in s.members for name in _names(member))
-        _require(
-            other.differentiated or inside,
-            s,
-            f"as a teacher its {name} may require grad, and would get none",
-        )
+        parcel.tensors[i] = x.clone().requires_grad_()
+        line = f"as a teacher its {_field(s, i)} may require grad, and would get none"
+        _require(unpack(parcel).differentiated, s, line)
 
 
-def _names(s: Source) -> list[str]:
-    return [field.name for field in dataclasses.fields(s)]
+def _constants(s: Source) -> list[Tensor]:
+    own = [x for name in s.parameters for x in tensors_of(getattr(s, name))]
+    return own + [x for member in s.members for x in _constants(member)]
 
 
 def _loss(student: Any, teacher: Any, **settings) -> Tensor:
@@ -912,25 +822,16 @@ def _check_teacher(s: Source, whole: Tensor) -> list[str]:
     return [f"{_name(s)}: without logits it was compared at temperature 1 alone"]
 
 
-def _row_tensors(s: Source) -> list[int]:
-    """The tensors with a row for each row."""
-    leading = tuple(s.leading)
-    return [
-        i
-        for i, x in enumerate(tensors_of(s))
-        if x.is_floating_point() and tuple(x.shape[: len(leading)]) == leading
-    ]
-
-
 def _check_ignored(s: Source, leaves: list[bool] | None) -> None:
-    """NaN in the rows of weight 0 changes nothing; `leaves`: as a student."""
-    T, rows = math.prod(s.leading), _row_tensors(s)
+    """What stands in the rows of weight 0 changes nothing; `leaves`: as a student."""
+    T, leading = math.prod(s.leading), tuple(s.leading)
     counts = (torch.arange(T, device=s.device) % 3 != 1).view(s.leading)
     parcel = pack(s)
     tensors = list(parcel.tensors)
-    for i in rows:
-        tensors[i] = tensors[i].clone()
-        tensors[i][~counts] = math.nan
+    for i, x in enumerate(tensors):
+        if tuple(x.shape[: len(leading)]) == leading:  # it has a row for each row
+            tensors[i] = x.clone()
+            tensors[i][~counts] = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
     hostile = unpack(parcel._replace(tensors=tensors))
     role = "teacher" if leaves is None else "student"
     V = s.entries or int(s.reader(_ask(2**20)).chunk(0, T).ids.max()) + 1
@@ -991,13 +892,10 @@ def _check_gradients(s: Source, leaves: list[bool]) -> None:
     which = [i for i, wanted in enumerate(leaves) if wanted]
     for i in which if s.row_by_row else ():
         shape = tuple(tensors_of(s)[i].shape)
-        _require(
-            shape[:-1] == tuple(s.leading),
-            s,
-            f"row_by_row is True, but {_field(s, i)} has no row for each position: its shape is"
-            f" {shape}, leading is {tuple(s.leading)}",
-        )
-    _check_memory(s, leaves)
+        line = f"row_by_row is True, but {_field(s, i)} has no row for each position: its shape is"
+        _require(shape[:-1] == tuple(s.leading), s, f"{line} {shape}, leading {tuple(s.leading)}")
+    if which:
+        _check_memory(s, leaves)
     weights = torch.ones_like(upstream)
     cases = [
         (weights, {}, "T = 1, upstream gradient 1"),
@@ -1014,12 +912,9 @@ def _check_gradients(s: Source, leaves: list[bool]) -> None:
             grads = torch.autograd.grad(total(student, workspace_bytes=workspace), wanted)
             for i, x, grad in zip(which, wanted, grads, strict=True):
                 where = f"the gradient of {_field(s, i)} ({case}; workspace_bytes={workspace})"
-                _require(
-                    grad.shape == x.shape and grad.dtype == x.dtype,
-                    s,
-                    f"{where} is {grad.dtype} of shape {tuple(grad.shape)}, the tensor"
-                    f" {x.dtype} of {tuple(x.shape)}",
-                )
+                got = grad.dtype, tuple(grad.shape)
+                line = f"{where} must be as the tensor, {x.dtype}, {tuple(x.shape)}, got {got}"
+                _require(got == (x.dtype, tuple(x.shape)), s, line)
                 bad = int((~grad.isfinite()).sum())
                 _require(not bad, s, f"{where} is not finite in {bad} entries: never written?")
                 for seed in (30, 60):
@@ -1027,11 +922,5 @@ def _check_gradients(s: Source, leaves: list[bool]) -> None:
                         lambda h, i=i, seed=seed: total(_moved(s, [i], h, seed))
                     )
                     ours = (grad * _directions(s, [i], seed)[i]).sum()
-                    at = _worst(ours, derivative, limit)
-                    if at is not None:
-                        _require(
-                            False,
-                            s,
-                            f"{where} gives {ours:.8g} along a direction, finite differences"
-                            f" {derivative:.8g}",
-                        )
+                    line = f"{where} gives {{ours}} along a direction, finite differences {{truth}}"
+                    _close(s, ours, derivative, limit, line)

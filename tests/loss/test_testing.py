@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from common import DIVERGENCES
+from common import DEVICE, DIVERGENCES
 from own_divergence import PearsonChi2, chi2_term
 from own_source import Int8Head, Int8Reader, Int8Student
 
@@ -53,7 +53,7 @@ def test_every_divergence(divergence):
 def test_the_example_of_the_documentation(backend):
     (note,) = check_divergence("pearson_chi2")
     assert "pooled_terms = (0, 1)" in note
-    student, teacher = torch.zeros(2, 9), torch.zeros(2, 9)
+    student, teacher = (torch.zeros(2, 9, device=DEVICE) for _ in range(2))
     student[0, 3] = -math.inf
     assert kd_loss(student, teacher, divergence="pearson_chi2", reduction="none")[0] == math.inf
 

@@ -14,29 +14,35 @@ The gradient follows from the slope s_v = q_v · ∂D/∂q_v, known up to a mult
     ∂D/∂z_v = (s_v - q_v Σ s) / T
 
 Your own divergence is a subclass with a name of its own; it gets the fused kernel,
-`divergence="its name"` and everything else. Pearson's χ² = Σ q (p/q - 1)² has ∂/∂q = 1 - (p/q)²
-and so, up to a multiple of q, the slope -p²/q:
+`divergence="its name"` and everything else. Pearson's χ² = Σ p²/q - 1 has the slope -p²/q, and is
++inf where q = 0 < p, which a term cannot say: its logarithms are finite.
 
     @triton.jit
     def chi2_term(log_p, log_q, p, q, a, b):  # a, b: the dataclass's first two numbers, or 0
-        ratio = tl.exp(tl.minimum(log_p - log_q, 40.0))
-        return q * (ratio - 1) * (ratio - 1), -p * ratio
+        ratio = tl.exp(tl.minimum(log_p - log_q, 80.0))  # e^89 is infinite in fp32, 0 · inf a NaN
+        return (p - q) * (ratio - 1), -p * ratio
 
     @dataclass(frozen=True)
     class PearsonChi2(fastkd.Divergence):
         name = "pearson_chi2"
+        infinite_q = True
 
         def formula(self, log_p, log_q):
-            return ((log_p - log_q).exp() - 1).square().mul(log_q.exp()).sum(-1)
+            return (2 * log_p - log_q).exp().sum(-1) - 1
 
         def term(self, log_p, log_q, p, q):
-            ratio = (log_p - log_q).clamp(max=40).exp()
-            return (q * (ratio - 1).square()).sum(-1), -p * ratio
+            ratio = (log_p - log_q).clamp(max=80).exp()
+            return ((p - q) * (ratio - 1)).sum(-1), -p * ratio
 
         def triton_term(self):
             return chi2_term
 
-Then `fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")`.
+Then `fastkd.kd_loss(student, teacher, labels, divergence="pearson_chi2")`. A built-in one does
+without `triton_term`: it is found by its name in kernels/terms.py.
+
+`fastkd.testing.check_divergence(PearsonChi2())` checks all of this, the formula against the terms
+of both backends and against finite differences, and what is declared; and says what could be
+declared beside (here `pooled_terms`, for top-k teachers).
 """
 
 from __future__ import annotations
@@ -105,17 +111,20 @@ class Divergence(Packed):
 
     Attributes:
         name: what `kd_loss(divergence=…)` calls it.
-        slope_sum: Σ slope where it is the same for all inputs: saves the kernel a pass over the
-            vocabulary.
+        slope_sum: Σ slope of both terms where it is the same for all inputs: saves the kernel a
+            pass over the vocabulary. 0 of kind "logits", whose slopes are the gradient.
         kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t +
             mix_student z_s) / T, detached, and have gradient q - r; "logits": the terms get the
             difference of the logits alone, less its mean times the first number, and the share that
             an entry has in a mean.
-        infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. The gradient then takes
-            log 0 = -10,000. A 0-d bool tensor where it depends on a number that is one.
+        infinite_p: D = +inf where p = 0 < q; infinite_q: where q = 0 < p. False unless it is said:
+            a term cannot tell, it gets log 0 = -10,000, as the gradient then does. A 0-d bool
+            tensor where it depends on a number that is one.
         pooled_terms: (c, e) of a D = Σ f(p, q) with f homogeneous of degree 1, whose outcomes may
             be pooled: over a part of the vocabulary the textbook sum is Σ (value + c (p - q)), and
             its slope is slope + e q. None: D is no such sum, and takes no top-k teacher.
+
+    `fastkd.testing.check_divergence` checks a divergence against what it declares.
     """
 
     name: ClassVar[str] = ""
@@ -196,14 +205,19 @@ class Divergence(Packed):
         """(rows, V) tensors to the rows' values, as sums over V (the columns may be a shard of the
         vocabulary), and the (rows, V) slopes.
 
+        Where there is nothing of a side its probability is 0 and its logarithm -10,000: a power of
+        a ratio needs a bound (e^88 in fp32), for an infinite slope makes a NaN. Values that are
+        sums of what is not negative keep their digits where p is near q.
+
         All but q may be overwritten, and the slopes may be what was p. Kind "mixed" gets (log_p,
         log_q, log_r, p, q, r), kind "logits" (difference, share).
         """
         raise TypeError(f"{type(self).__name__} has no torch term")
 
     def triton_term(self):
-        """The `@triton.jit` function (log_p, log_q, p, q, a, b) -> (value, slope), with log_r after
-        log_q and r after q for kind "mixed". Default: the one of this name in kernels/terms.py."""
+        """The `@triton.jit` function (log_p, log_q, p, q, a, b) -> (value, slope), the same as
+        `term` of one entry, to the multiple of q that the slope leaves out, with log_r after log_q
+        and r after q for kind "mixed". Default: the one of this name in kernels/terms.py."""
         from fastkd.kernels import terms  # triton is not needed before a kernel is
 
         if not hasattr(terms, self.name):

@@ -6,14 +6,15 @@ import subprocess
 import sys
 import venv
 import zipfile
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+INSTALLED = {d.metadata["Name"] for d in distributions()}  # looking for pip's spec has effects
 pytestmark = pytest.mark.skipif(
-    not (find_spec("pip") and find_spec("setuptools") and shutil.which("git")),
+    not ({"pip", "setuptools"} <= INSTALLED and shutil.which("git")),
     reason="needs pip, setuptools and git",
 )
 PIP = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index")

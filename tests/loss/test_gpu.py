@@ -7,6 +7,7 @@ from common import assert_as_exact_as_torch, every_divergence, value_and_grad
 
 import fastkd
 from fastkd import Ensemble, LMHead, TopK, kd_loss, reference
+from fastkd.rows import Ask, Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,6 +108,44 @@ def test_no_device_sync(divergence, choice, monkeypatch):
         (kd_loss(leaf, teacher, labels, **options) / 4).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_numbers_on_the_device(name):
+    """A temperature that is a tensor: what a number gives, through teams, without a sync."""
+    from fastkd.kernels.dense import dense
+
+    student, teacher = pair(64, 151_936)
+    factors = torch.ones(3, 64, device="cuda")
+    results = []
+    for temperature in (2.0, torch.tensor(2.0, device="cuda")):
+        for mode in ("default", "error"):  # the second time nothing is compiled
+            grad = torch.empty_like(student)
+            rows = Rows(student[None], teacher[None], None, factors, grad)
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                measures = dense(rows, Ask(fastkd.divergences.get(name), temperature))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        results.append((measures, grad.float()))
+    torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=1e-7)
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-8)
+
+
+def test_cross_entropy_alone():
+    """The row function without a teacher, through teams."""
+    from fastkd.kernels.dense import dense
+
+    student, _ = pair(24, 151_936)
+    labels = torch.randint(151_936, (24,), device="cuda")
+    grad = torch.empty_like(student)
+    rows = Rows(student[None], None, labels, torch.ones(3, 24, device="cuda"), grad)
+    measures = dense(rows, Ask(fastkd.ForwardKL()))
+    z = student.double().requires_grad_()
+    ce = torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    ce.sum().backward()
+    torch.testing.assert_close(measures[1].double(), ce.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), z.grad, rtol=2**-7, atol=1e-7)
 
 
 def test_cuda_graph():

@@ -7,8 +7,8 @@ Both raise an AssertionError of one line, which says what does not hold, where, 
 The project's own divergences and sources are under them.
 
 Errors are judged by torch's own: in fp32 the error against float64 may be twice that of the plain
-formula, plus a few roundings; in float64 the same, as much smaller as its roundings are.
-Derivatives are finite differences, which say how exact they are.
+formula, plus a few roundings; in float64, where the truth is rounded as well, twice that, as much
+smaller as its roundings are. Derivatives are finite differences, which say how exact they are.
 """
 
 from __future__ import annotations

@@ -58,6 +58,22 @@ from torch import Tensor
 from fastkd.checks import check_number, require
 from fastkd.packing import Packed
 
+__all__ = [  # of the package
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "Hellinger",
+    "JSD",
+    "Jeffreys",
+    "LogitMSE",
+    "Renyi",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TAID",
+    "TVD",
+]
+
 CANCELS = 1e-2  # a divergence below this is summed again, from terms that are not negative
 
 
@@ -111,6 +127,7 @@ class Divergence(Packed):
 
     Attributes:
         name: what `kd_loss(divergence=…)` calls it.
+        example: typical numbers, where they have no defaults.
         slope_sum: Σ slope of both terms where it is the same for all inputs: saves the kernel a
             pass over the vocabulary. 0 of kind "logits", whose slopes are the gradient.
         kind: "probabilities"; "mixed": the terms also get r, the softmax of (mix_teacher z_t +
@@ -128,6 +145,7 @@ class Divergence(Packed):
     """
 
     name: ClassVar[str] = ""
+    example: ClassVar[tuple[float, ...]] = ()
     kind: ClassVar[str] = "probabilities"
     slope_sum: ClassVar[float | None] = None
     pooled_terms: ClassVar[tuple[float, float] | None] = None
@@ -454,6 +472,7 @@ class Renyi(Divergence):
 
     order: float
     name = "renyi"
+    example = (0.5,)
     kind = "mixed"
     slope_sum = -1.0
 
@@ -494,6 +513,7 @@ class AlphaBeta(Divergence):
     alpha: float
     beta: float
     name = "alpha_beta"
+    example = (0.2, 0.7)
 
     def __post_init__(self):
         a, b = self.alpha, self.beta
@@ -555,6 +575,7 @@ class TAID(Divergence):
 
     t: float
     name = "taid"
+    example = (0.5,)
     kind = "mixed"
     slope_sum = -1.0
 
@@ -685,6 +706,16 @@ def _any(flags):
     for flag in flags:
         total = total | flag
     return total
+
+
+def known() -> dict[str, type[Divergence]]:
+    """All divergences by name, one's own too."""
+    return dict(_REGISTRY)
+
+
+def examples() -> list[Divergence]:
+    """One of every divergence of this file, with its default numbers or typical ones."""
+    return [cls(*cls.example) for cls in _REGISTRY.values() if cls.__module__ == __name__]
 
 
 def get(divergence: str | Divergence) -> Divergence:

@@ -32,7 +32,7 @@ from fastkd.compare import WORKSPACE_BYTES, Call
 from fastkd.divergences import Divergence
 from fastkd.packing import Parcel, pack, tensors_of
 from fastkd.rows import MEASURES
-from fastkd.sources import Dense, Source, as_source
+from fastkd.sources import Source, as_source
 from fastkd.sources.source import leaves
 
 
@@ -207,7 +207,7 @@ def kd_loss(
     # In the backward pass, where the upstream factors are known: fp16 would lose small gradients in
     # a cast before, and a weight's gradient cannot be scaled row by row after.
     in_backward = s.dtype == torch.float16 or (reduction == "none" and not s.row_by_row)
-    overwrites = inplace and _may_overwrite(s)
+    overwrites = inplace and s.may_be_overwritten and not torch.compiler.is_compiling()
     how = _How(spec, numbers, wants, in_backward, reduction == "none", overwrites)
     targets = at.labels.masked_fill(~at.counts, 0).reshape(-1) if wants_entropy else None
     loss, rows = _Loss.apply(how, targets, factors.detach(), _link(tensors, wants), *tensors)
@@ -382,13 +382,6 @@ def _autocast_of(device: torch.device) -> str:
     return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
-def _may_overwrite(s: Source) -> bool:
-    """Whether the gradient may go where the logits are: not a leaf's, which are somebody's data."""
-    if not isinstance(s, Dense) or torch.compiler.is_compiling():
-        return False
-    return s.logits.is_contiguous() and not (s.logits.is_leaf and s.logits.requires_grad)
-
-
 def _check_transforms(s: Source) -> None:
     if torch.compiler.is_compiling():
         return
@@ -515,9 +508,9 @@ def _check_vocabulary(s: Source, t: Source | None, vocab: str | int, sharded: bo
 
 def _needs_sizes(s: Source, t: Source | None, labels, d: Divergence, vocab: str | int) -> bool:
     """Whether anything depends on the sizes of the other ranks' shards."""
-    dense = isinstance(s, Dense) and (t is None or isinstance(t, Dense))
+    alone = s.alone_in_shards and (t is None or t.alone_in_shards)
     means = any(part.kind == "logits" for _, part in d.parts)
-    return labels is not None or means or not dense or isinstance(vocab, int)
+    return labels is not None or means or not alone or isinstance(vocab, int)
 
 
 _CLOSED_FORM = (

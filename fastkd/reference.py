@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkd import divergences
 from fastkd.divergences import Divergence
 from fastkd.kernels.limits import DEAD, LOG_FLOOR
-from fastkd.sources import Dense, Ensemble, LMHead, Source
+from fastkd.sources import Source, as_source
 
 
 def naive(
@@ -24,32 +24,12 @@ def naive(
 
 def logits(source: Tensor | Source, temperature: float = 1.0, n: int | None = None) -> Tensor:
     """The (..., V) logits of a source, all of them at once; of an ensemble's first n entries."""
-    if isinstance(source, LMHead):
-        z = source.scale * (source.hidden @ source.weight.T)
-        z = z if source.bias is None else z + source.bias
-        return source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
-    if isinstance(source, Ensemble):
-        n = n or source.entries
-        every = [logits(t, temperature, n)[..., :n] for t in source.teachers]
-        if source.mode == "logits":
-            return sum(w * z for w, z in _weighted(source, every))
-        p = sum(w * F.softmax(z / temperature, -1) for w, z in _weighted(source, every))
-        return temperature * p.log()
-    if isinstance(source, Dense):
-        return source.logits
-    if not isinstance(source, Tensor):
-        raise TypeError(f"{type(source).__name__} has no logits")
-    return source
-
-
-def _weighted(ensemble: Ensemble, every: list[Tensor]):
-    for w, z in zip(ensemble.weights, every, strict=True):
-        yield (w[..., None].to(z.dtype) if isinstance(w, Tensor) else w), z
+    return as_source("source", source).whole_logits(temperature, n)
 
 
 def kd_loss(
-    student: Tensor | LMHead,
-    teacher: Tensor | LMHead | Ensemble | None,
+    student: Tensor | Source,
+    teacher: Tensor | Source | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",

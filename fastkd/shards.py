@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.packing import tensors_of
 from fastkd.rows import Shard
-from fastkd.sources import LMHead, Source
-from fastkd.sources.source import leaves
+from fastkd.sources import Source
 
 
 def gather(x: Tensor, group: str) -> Tensor:
@@ -92,16 +92,15 @@ def from_dtensors(student, teacher, group):
     """(student, teacher, group) with DTensors replaced by this rank's shards.
 
     Logits may be DTensors that are sharded along the vocabulary, on both sides, or beside a top-k
-    teacher or none. Returned as they came where there is no DTensor. An LM head's weight says
-    nothing: FSDP shards it the same way, over ranks with other rows.
+    teacher or none. Returned as they came where there is no DTensor. Inside of a source they say
+    nothing: FSDP shards an LM head's weight the same way, over ranks with other rows.
     """
     for name, x in (("student", student), ("teacher", teacher)):
-        for source in leaves(x) if isinstance(x, Source) else ():
-            if isinstance(source, LMHead) and is_dtensor(source.weight):
-                raise ValueError(
-                    f"the {name}'s LMHead has a DTensor as its weight: pass weight.full_tensor()"
-                    " (FSDP), or weight.to_local() and the group= of its vocabulary shards"
-                )
+        if isinstance(x, Source) and any(map(is_dtensor, tensors_of(x))):
+            raise ValueError(
+                f"the {name}'s {type(x).__name__} has a DTensor in it: pass its full_tensor()"
+                " (FSDP), or its to_local() and the group= of the vocabulary shards"
+            )
     if not is_dtensor(student) and not is_dtensor(teacher):
         return student, teacher, group
     if group is not None:

@@ -18,6 +18,7 @@ from fastkd import (
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    divergences,
     kd_loss,
     reference,
 )
@@ -42,6 +43,8 @@ DIVERGENCES = [
     LogitMSE(),
     LogitMSE(centered=True),
 ]
+# And what has been added since, with its own numbers.
+DIVERGENCES += [d for d in divergences.examples() if type(d) not in set(map(type, DIVERGENCES))]
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # torch.compile's own C++ does not build without vector instructions.

@@ -18,6 +18,7 @@ class Dense(Source):
 
     logits: Tensor
     row_by_row = True
+    alone_in_shards = True
 
     def __post_init__(self):
         check_floats("logits", self.logits)
@@ -36,6 +37,15 @@ class Dense(Source):
 
     @property
     def like(self):
+        return self.logits
+
+    @property
+    def may_be_overwritten(self):
+        """Not a leaf's logits, which are somebody's data."""
+        leaf = self.logits.is_leaf and self.logits.requires_grad
+        return self.logits.is_contiguous() and not leaf
+
+    def whole_logits(self, temperature=1.0, n=None):
         return self.logits
 
     def reader(self, ask):

@@ -130,6 +130,16 @@ class Ensemble(Source):
             message = "Ensemble's weights must be finite and not negative, got {}"
             require(valid, message, self.weights)
 
+    def whole_logits(self, temperature=1.0, n=None):
+        """In mode "probabilities" they are T log p."""
+        n = n or self.entries
+        total = 0
+        for w, teacher in zip(self.weights, self.teachers, strict=True):
+            z = teacher.whole_logits(temperature, n)[..., :n]
+            w = w[..., None].to(z.dtype) if isinstance(w, Tensor) else w
+            total = total + w * (z if self.mode == "logits" else F.softmax(z / temperature, -1))
+        return total if self.mode == "logits" else temperature * total.log()
+
     def reader(self, ask):
         return EnsembleReader(self, ask)
 

@@ -93,6 +93,11 @@ class LMHead(Source):
             )
         return self.hidden.dtype
 
+    def whole_logits(self, temperature=1.0, n=None):
+        z = self.scale * (self.hidden @ self.weight.T)
+        z = z if self.bias is None else z + self.bias
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
     def reader(self, ask):
         return LMHeadReader(self, ask)
 

@@ -62,6 +62,8 @@ class Source(Packed):
         parameters: fields that may require a gradient elsewhere, and of a teacher are constants
             nevertheless: an LM head's weight may be tied to the student's. All other tensors of a
             teacher must not.
+        alone_in_shards: whether nothing but the rows' sums depends on the other ranks of a
+            vocabulary in shards: then their sizes need no exchange.
         row_by_row: of a student, whether row i of every gradient is row i's alone, so that it can
             be scaled afterwards. If not, a gradient whose upstream factor differs from row to row
             is computed in the backward pass.
@@ -69,6 +71,7 @@ class Source(Packed):
 
     sparse: ClassVar[bool] = False
     parameters: ClassVar[tuple[str, ...]] = ()
+    alone_in_shards: ClassVar[bool] = False
     row_by_row: ClassVar[bool] = False
 
     @property
@@ -102,6 +105,11 @@ class Source(Packed):
         return (*self.leading, self.entries)
 
     @property
+    def may_be_overwritten(self) -> bool:
+        """Of a student: whether its gradient may go where its one tensor is (`inplace=True`)."""
+        return False
+
+    @property
     def members(self) -> tuple[Source, ...]:
         """The sources inside of this one."""
         return ()
@@ -131,6 +139,12 @@ class Source(Packed):
         divergence sees n entries, of all shards; `strict`: no vocabulary is cut."""
         for member in self.members:
             member.check_rows(counts, n, strict)
+
+    def whole_logits(self, temperature: float = 1.0, n: int | None = None) -> Tensor:
+        """(..., V) logits in plain torch, all at once, differentiable: the truth that
+        `fastkd.reference` compares. Only tests need it. The loss sees them at that temperature, and
+        the first n entries."""
+        raise TypeError(f"{type(self).__name__} has no logits")
 
     def reader(self, ask: Ask) -> Reader:
         """The teacher's worker; it needs only the first ask.n entries."""

@@ -53,9 +53,7 @@ class DistillConfig:
     max_length: int = _flag(1024, "Tokens per sequence; longer ones are cut.")
     packing: bool = _flag(True, "Pack the documents of `text` data into sequences of max_length.")
 
-    divergence: str = _flag(
-        "forward_kl", "One of: " + ", ".join(sorted(divergences._REGISTRY)) + "."
-    )
+    divergence: str = _flag("forward_kl", "One of: " + ", ".join(sorted(divergences.known())) + ".")
     divergence_args: list[str] = _list_flag(
         "The divergence's numbers, as in: --divergence_args teacher_weight=0.3"
     )
@@ -124,7 +122,7 @@ class DistillConfig:
         Raises:
             InputError: unknown name, or numbers it does not take.
         """
-        known = divergences._REGISTRY
+        known = divergences.known()
         if self.divergence not in known:
             raise InputError(
                 f"unknown divergence {self.divergence!r}; known: {', '.join(sorted(known))}"

@@ -30,8 +30,8 @@ bench: .venv/installed  ## the CPU benchmarks; then `make tables`
 	$(BIN)/python -m pytest -q -c benchmarks/pytest.ini benchmarks/bench_*.py \
 	  --benchmark-json=benchmarks/results/cpu.json --benchmark-columns=median,min,rounds
 
-tables: .venv/installed  ## the README's tables from benchmarks/results
-	$(BIN)/python benchmarks/table.py
+tables: .venv/installed  ## tables and picture of README and docs, from benchmarks/results
+	$(BIN)/python benchmarks/table.py && $(BIN)/python benchmarks/picture.py
 
 docs: .venv/installed  ## the pages of docs/, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,5 +1,5 @@
 """The picture of README and docs, from saved results: time and memory of every divergence, naive
-and fused. `python benchmarks/table.py` draws it too.
+and fused. `make tables` draws it.
 
 Two files, one for light and one for dark pages. Text stays text, in the reader's own font.
 """

@@ -1,6 +1,6 @@
 """The tables of README and docs, from saved results: `python benchmarks/table.py` writes them
 between the markers in these pages, `<!-- results: cpu -->` (all of cpu.json) or `<!-- results: cpu
-short -->` (its narrow table) to `<!-- end -->`, and draws the picture."""
+short -->` (its narrow table) to `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -197,8 +197,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    import picture
-
     for page in PAGES:
         page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
-    picture.write()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common import DEVICE, DIVERGENCES, every_divergence, logits
 
 from fastkd import JSD, TAID, Divergence, ForwardKL, LogitMSE, Renyi, ReverseKL, reference
-from fastkd.backends import eager
+from fastkd.backends import softmax
 from fastkd.rows import Ask, Rows, Shard
 
 INF = math.inf
@@ -42,15 +42,6 @@ def run(
     rows = Rows(student[None], teacher, labels, factors_of(weight), grad)
     cut = {} if plan is None else {"plan": plan}
     return dense_of(backend)(rows, Ask(divergence, **asked), **cut), grad
-
-
-class Sum(Divergence):
-    """A sum as far as a row function looks."""
-
-    def __init__(self, *parts):
-        self.every = parts
-
-    parts = property(lambda self: self.every)
 
 
 def bits_or_close(a, b):
@@ -101,14 +92,14 @@ def test_a_sum_is_the_sum(parts, backend):
     student, teacher = logits(4, 150)
     student[1, :9] = teacher[2, 5:15] = -INF
     options = dict(temperature=2.0, n=140)
-    value, grad = run(backend, student, teacher, Sum(*parts), **options)
+    value, grad = run(backend, student, teacher, sum(w * d for w, d in parts), **options)
     each = [run(backend, student, teacher, d, **options) for _, d in parts]
     for got, index in ((value[0], 0), (grad, 1)):
         one = [result[index][0] if index == 0 else result[index] for result in each]
         expected = sum(weight * x for (weight, _), x in zip(parts, one, strict=True))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     labels = torch.arange(4, device=DEVICE)
-    both, joint = run(backend, student, teacher, Sum(*parts), labels, **options)
+    both, joint = run(backend, student, teacher, sum(w * d for w, d in parts), labels, **options)
     _, ce = run(backend, student, None, ForwardKL(), labels)
     torch.testing.assert_close(both[0], value[0])
     torch.testing.assert_close(joint, grad + ce, rtol=1e-5, atol=1e-6)
@@ -118,9 +109,13 @@ def test_diagnostics_of_a_sum(backend):
     student, teacher = logits(3, 60)
     options = dict(diagnostics=True, temperature=2.0)
     expected = run(backend, student, teacher, JSD(), **options)[0][2:]
-    mixed = Sum((0.5, LogitMSE()), (0.5, JSD()))
+    mixed = 0.5 * LogitMSE() + 0.5 * JSD()
     torch.testing.assert_close(run(backend, student, teacher, mixed, **options)[0][2:], expected)
-    assert run(backend, student, teacher, Sum(*SUMS[3]), **options)[0][2:].isnan().all()
+    assert (
+        run(backend, student, teacher, sum(w * d for w, d in SUMS[3]), **options)[0][2:]
+        .isnan()
+        .all()
+    )
 
 
 class OnDevice(Divergence):
@@ -371,7 +366,7 @@ def hostile():
 
 @every_sharded
 def test_shards(name, divergence, monkeypatch):
-    monkeypatch.setattr(eager, "BLOCK_ENTRIES", 100)  # several blocks of rows, more on some ranks
+    monkeypatch.setattr(softmax, "BLOCK_ENTRIES", 100)  # several blocks of rows, more on some ranks
     student, teacher, options = hostile()
     options |= dict(diagnostics=True)
     cases = [((37, 1, 62), 2.0, 38), ((55, 45), 1.0, 100)]  # the third shard is cut away

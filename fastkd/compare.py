@@ -9,6 +9,7 @@ device.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +109,14 @@ def _(spec, numbers, tensors, labels, factors, wants):
 def _compare(parcel, labels, factors, wants, inplace=False):
     call: Call = unpack(parcel)
     student, device = call.student, call.student.device
-    with _autocast(device, call.autocast):
+    with _autocast(device, call.autocast):  # it says of which type a source's logits are
         serves = backend(device, student.dtype)
         if call.teacher is not None and call.teacher.sparse and call.group:
             serves = EAGER  # no kernel
         ask = _ask(call, serves)
         s = student.student(ask, wants, inplace)
         t = None if call.teacher is None else call.teacher.reader(ask)
-    with torch.autocast(device.type, enabled=False):
+    with _autocast(device, ""):
         measures = _walk(call, serves, s, t, labels, factors)
         grads = s.finish()
     return measures, [
@@ -124,10 +125,11 @@ def _compare(parcel, labels, factors, wants, inplace=False):
     ]
 
 
-def _autocast(device: torch.device, dtype: str) -> torch.autocast:
-    if not dtype:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, getattr(torch, dtype))
+def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Autocast to that type, or none."""
+    if not dtype and not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype) if dtype else None, bool(dtype))
 
 
 def _ask(call: Call, serves: Backend) -> Ask:
@@ -160,7 +162,7 @@ def _walk(
     factors: Tensor,
 ) -> Tensor:
     """The measures of all rows, chunk by chunk; the student takes its gradient."""
-    T, ask, counts = factors.shape[1], s.ask, factors[0] != 0
+    T, ask = factors.shape[1], s.ask
     sparse = t is not None and call.teacher.sparse
     on_cpu = factors.device.type == "cpu"
     size = _chunk_rows(call, serves, s, t, T)
@@ -173,7 +175,8 @@ def _walk(
     for low in range(0, T, size):
         high = min(low + size, T)
         part = slice(low, high)
-        if size < T and on_cpu and not counts[part].any():
+        counts = factors[0, part] != 0
+        if size < T and on_cpu and not counts.any():
             s.skip(low, high)
             continue
         logits = s.logits(low, high)
@@ -184,7 +187,7 @@ def _walk(
         found = serves.topk(rows, ask) if sparse else serves.dense(rows, ask)
         measures[: len(found), part] = found
         if grad is not None:
-            s.take(grad, low, high, counts[part])
+            s.take(grad, low, high, counts)
     return measures
 
 

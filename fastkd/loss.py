@@ -203,14 +203,19 @@ def kd_loss(
         _autocast_of(s.device), group, sizes,
     )  # fmt: skip
     spec, numbers, tensors = pack(call)
-    wants = [x.requires_grad and torch.is_grad_enabled() for x in tensors_of(s)]
+    enabled = torch.is_grad_enabled()
+    wants = [enabled and x.requires_grad for x in tensors_of(s)]
     # In the backward pass, where the upstream factors are known: fp16 would lose small gradients in
     # a cast before, and a weight's gradient cannot be scaled row by row after.
     in_backward = s.dtype == torch.float16 or (reduction == "none" and not s.row_by_row)
     overwrites = inplace and s.may_be_overwritten and not torch.compiler.is_compiling()
-    how = _How(spec, numbers, wants, in_backward, reduction == "none", overwrites)
+    weighs = [learns, wants_entropy and not _is_one(alpha)]
+    how = _How(
+        spec, numbers, wants, weighs, in_backward, reduction == "none", overwrites,
+        _link(tensors, wants),
+    )  # fmt: skip
     targets = at.labels.masked_fill(~at.counts, 0).reshape(-1) if wants_entropy else None
-    loss, rows = _Loss.apply(how, targets, factors.detach(), _link(tensors, wants), *tensors)
+    loss, rows = _Loss.apply(how, targets, factors.detach(), *tensors)
     loss = loss.view(s.leading) if reduction == "none" else loss
     if not return_parts:
         return loss
@@ -525,9 +530,11 @@ class _How(NamedTuple):
     spec: str  # of the packed call, and its numbers
     numbers: list[float]
     wants: list[bool]  # which of the student's tensors get a gradient
+    weighs: list[bool]  # whether divergence and cross-entropy are in the loss
     in_backward: bool  # when it is computed: with the upstream factors, or forwards
     per_row: bool  # losses of rows, not their sum
     inplace: bool
+    link: Tensor | None  # to the student's graph
 
 
 class _Loss(torch.autograd.Function):
@@ -535,7 +542,7 @@ class _Loss(torch.autograd.Function):
     weight, and backwards only scaled; or backwards."""
 
     @staticmethod
-    def forward(ctx, how: _How, labels, factors, link, *tensors):
+    def forward(ctx, how: _How, labels, factors, *tensors):
         later = how.in_backward and any(how.wants)
         now = [False] * len(how.wants) if later else how.wants
         call = Parcel(how.spec, how.numbers, list(tensors))
@@ -545,10 +552,12 @@ class _Loss(torch.autograd.Function):
         saved = [labels, *tensors] if later else grads
         ctx.beside = [_keeps(x) for x in saved]
         saved = [None if kept is not None else x for x, kept in zip(saved, ctx.beside, strict=True)]
-        ctx.save_for_backward(factors, link, *saved)
+        ctx.save_for_backward(factors, *saved)
         loss = torch.zeros_like(rows[0])
-        for row, factor in zip(rows[:2], factors[1:], strict=True):
-            loss = loss + torch.where(factor == 0, 0, row * factor)  # the value may be infinite
+        for i in (0, 1):
+            if how.weighs[i]:
+                factor = factors[1 + i]  # 0 in some rows, where the value may be infinite
+                loss = loss + torch.where(factor == 0, 0, rows[i] * factor)
         ctx.mark_non_differentiable(rows)
         return loss if how.per_row else loss.sum(), rows
 
@@ -556,8 +565,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, upstream, _rows):
         how = ctx.how
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        factors, link, *saved = ctx.saved_tensors
-        links, upstream = (link, upstream), upstream.detach()
+        factors, *saved = ctx.saved_tensors
+        links, upstream = (how.link, upstream), upstream.detach()
         saved = [x if kept is None else kept for x, kept in zip(saved, ctx.beside, strict=True)]
         if upstream.dim() and len(upstream) and upstream.stride(0) == 0:
             upstream = upstream[0]  # the factor of a sum over the rows, expanded
@@ -578,7 +587,7 @@ class _Loss(torch.autograd.Function):
             grads = [g if g is None else _OnlyOnce.apply(g, *links) for g in grads]
         if not torch.compiler.is_compiling():
             buffers.trim_after_backward()
-        return (*[None] * 4, *grads, *[None] * (ctx.count - len(grads)))
+        return (*[None] * 3, *grads, *[None] * (ctx.count - len(grads)))
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -599,7 +608,7 @@ def _link(tensors: list[Tensor], wants: list[bool]) -> Tensor | None:
     if torch.compiler.is_compiling() or not any(wants):
         return None
     wanted = [x for x, wanted in zip(tensors, wants, strict=False) if wanted]
-    return sum((x if x.dim() else x[None])[:0].sum().float() for x in wanted)
+    return sum((x if x.dim() else x[None])[:0].sum() for x in wanted)
 
 
 def _keeps(x: Tensor | None) -> Tensor | None:

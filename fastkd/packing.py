@@ -48,14 +48,18 @@ def unpack(parcel: Parcel) -> Any:
 
 def tensors_of(x: Any) -> list[Tensor]:
     """All tensors of an object, in packing order."""
-    return pack(x).tensors
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, Packed):
+        x = [getattr(x, field.name) for field in dataclasses.fields(x)]
+    return [t for item in x for t in tensors_of(item)] if isinstance(x, (tuple, list)) else []
 
 
 def replace_tensors(x: Any, change: Callable[[Tensor], Any]) -> Any:
     """The object with every tensor changed."""
-    parcel = pack(x)
-    if not parcel.tensors:
+    if not tensors_of(x):
         return x
+    parcel = pack(x)
     return unpack(parcel._replace(tensors=[change(t) for t in parcel.tensors]))
 
 
@@ -65,6 +69,11 @@ def _key(cls: type) -> str:
 
 def _literal(x: Any, numbers: list[float], tensors: list[Tensor]) -> Any:
     """As Python literals; a tuple begins with what it stands for."""
+    if x is None or isinstance(x, (bool, int, str)):
+        return x
+    if isinstance(x, float):
+        numbers.append(x)
+        return ("float",)
     if isinstance(x, Tensor):
         tensors.append(x)
         return ("tensor",)
@@ -75,11 +84,6 @@ def _literal(x: Any, numbers: list[float], tensors: list[Tensor]) -> Any:
             raise TypeError(f"{type(x).__name__} was defined again after this object was made")
         values = [getattr(x, field.name) for field in dataclasses.fields(x)]
         return (_key(type(x)), *[_literal(value, numbers, tensors) for value in values])
-    if isinstance(x, float):
-        numbers.append(x)
-        return ("float",)
-    if x is None or isinstance(x, (bool, int, str)):
-        return x
     raise TypeError(
         f"a field must be a number, a string, a tensor, None or a tuple, got {type(x).__name__}"
     )

@@ -8,6 +8,7 @@ add to the peak of a training step, and `release()` frees all.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import sys
@@ -40,6 +41,14 @@ def empty(
             _blocks.extend(fitting)
         # The tensor's storage holds a reference to the block for as long as it lives.
         return torch.frombuffer(min(fitting, key=len), dtype=dtype, count=count).view(shape)
+
+
+@functools.cache
+def teach_malloc() -> None:
+    """glibc's malloc learns from what it frees: after this it keeps the pages of temporaries up to
+    this size, instead of returning them to the system, which would cost page faults in every block
+    of rows. Once a process."""
+    torch.empty(32_000_000, dtype=torch.uint8)
 
 
 def release() -> None:

@@ -112,6 +112,8 @@ class _Job:
         self.values = torch.zeros((count, rows.factors.shape[1]), dtype=dtype, device=device)
         # Elsewhere a decision on data would be a device sync.
         self.on_cpu = device.type == "cpu"
+        if self.on_cpu:
+            buffers.teach_malloc()
         self.all_count = self.on_cpu and bool((self.factors[0] != 0).all())
         self.learns_ce = rows.labels is not None
         if self.on_cpu:
@@ -315,9 +317,9 @@ def _write_gradient(
     # Everything has been read: from here on, the gradient may overwrite the student.
     g, dtype = block.grad, job.values.dtype
     out = g if g.dtype == dtype else torch.empty(g.shape, dtype=dtype, device=g.device)
-    weight, of_kd, of_ce = block.factors
     seen = out[:, : job.n]
     learns = kd is not None and job.learns
+    of_kd = block.factors[1] if learns else None
     if learns and kd.slope is not None:
         if isinstance(slope_sum, Tensor):
             torch.mul(kd.student.p, -slope_sum, out=seen).add_(kd.slope)
@@ -328,19 +330,19 @@ def _write_gradient(
             seen.addcmul_(kd.direct, of_kd)
     elif learns:
         torch.mul(kd.direct, of_kd, out=seen)
-    if learns:
+    if learns and job.n < job.V:
         out[:, job.n :].zero_()
     if ce is not None and job.learns_ce:
         p, label, at_label = ce
         if learns:
-            out.addcmul_(p, of_ce)
+            out.addcmul_(p, block.factors[2])
         else:
-            torch.mul(p, of_ce, out=out)
+            torch.mul(p, block.factors[2], out=out)
         out.scatter_add_(-1, label, -at_label)
     elif not learns:
         out.zero_()
     if not job.all_count:
-        out.masked_fill_(weight == 0, 0)  # an ignored row may hold anything, NaN too
+        out.masked_fill_(block.factors[0] == 0, 0)  # an ignored row may hold anything, NaN too
     if out is not g:
         g.copy_(out)
 

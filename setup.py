@@ -48,6 +48,7 @@ setup(
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "dev": [
             "hypothesis>=6.100",
+            "numpy>=1.26",  # of Triton's interpreter
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-xdist>=3",

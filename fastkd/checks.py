@@ -52,17 +52,18 @@ def check_constant(what: str, x: Tensor) -> None:
 
 
 def require(holds: Any, message: str, values: Any) -> None:
-    """Raise on the CPU, assert on the device elsewhere: no sync. `message` names the values that
-    do not hold where it has {}."""
+    """Raise on the CPU, assert on a CUDA or ROCm device, without a sync; other devices are not
+    asked. `message` has {} where the values that do not hold are named."""
     if not isinstance(holds, Tensor):
         if not holds:
             raise ValueError(message.format(values))
     elif holds.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not holds.all():
-            bad = values[~holds].unique().tolist()
-            bad = bad if values.dim() else bad[0]
-            more = values.dim() and len(bad) > 8
-            raise ValueError(message.format(f"{bad[:8]}…" if more else bad))
+        if holds.all():
+            return
+        if isinstance(values, Tensor):
+            bad = values.expand_as(holds)[~holds].unique().tolist()
+            values = (f"{bad[:8]}…" if len(bad) > 8 else bad) if holds.dim() else bad[0]
+        raise ValueError(message.format(values))
     elif holds.device.type in ("cpu", "cuda"):
         torch._assert_async(holds.all(), "fastkd: " + message.format("others"))
 

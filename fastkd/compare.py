@@ -42,8 +42,7 @@ class Call(Packed):
     divergence: Divergence
     temperature: float | Tensor
     vocab: str | int
-    diagnostics: bool
-    learns: bool  # whether the divergence has a part in the gradient
+    learns: bool | str  # `Ask.learns`
     workspace_bytes: int
     autocast: str  # the type that the caller's autocast has, or ""
     group: str  # of vocabulary shards, or ""
@@ -55,6 +54,7 @@ def compare(
     labels: Tensor | None,
     factors: Tensor,
     wants: list[bool],
+    diagnostics: bool,
     inplace: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compare T rows.
@@ -65,6 +65,7 @@ def compare(
         factors: (3, T): each row's weight, and its factors in the gradients of divergence and
             cross-entropy. Where the weight is 0 a row counts nowhere.
         wants: which of the student's tensors get a gradient.
+        diagnostics: whether the measures after the second are wanted.
         inplace: dense logits may be overwritten by it.
 
     Returns:
@@ -74,10 +75,10 @@ def compare(
     # `_Loss` differentiates, not the operator.
     parcel = Parcel(parcel.spec, parcel.numbers, [x.detach() for x in parcel.tensors])
     if inplace and any(wants):
-        result = _compare(parcel, labels, factors, wants, True)
+        result = _compare(parcel, labels, factors, wants, diagnostics, True)
         torch.autograd.graph.increment_version(parcel.tensors[0])
         return result
-    return _operator(*parcel, labels, factors, wants)
+    return _operator(*parcel, labels, factors, wants, diagnostics)
 
 
 @torch.library.custom_op("fastkd::compare", mutates_args=())
@@ -88,17 +89,18 @@ def _operator(
     labels: Tensor | None,
     factors: Tensor,
     wants: list[bool],
+    diagnostics: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """One opaque node for torch.compile."""
-    result = _compare(Parcel(spec, numbers, tensors), labels, factors, wants)
+    result = _compare(Parcel(spec, numbers, tensors), labels, factors, wants, diagnostics)
     if not any(wants):  # no backward pass will
         buffers.trim()
     return result
 
 
 @_operator.register_fake
-def _(spec, numbers, tensors, labels, factors, wants):
-    count = len(MEASURES) if unpack(Parcel(spec, numbers, tensors)).diagnostics else 2
+def _(spec, numbers, tensors, labels, factors, wants, diagnostics):
+    count = len(MEASURES) if diagnostics else 2
     grads = [
         x.new_empty(x.shape if wanted else 0) for x, wanted in zip(tensors, wants, strict=False)
     ]
@@ -106,14 +108,14 @@ def _(spec, numbers, tensors, labels, factors, wants):
 
 
 @torch.no_grad()
-def _compare(parcel, labels, factors, wants, inplace=False):
+def _compare(parcel, labels, factors, wants, diagnostics, inplace=False):
     call: Call = unpack(parcel)
     student, device = call.student, call.student.device
     with _autocast(device, call.autocast):  # it says of which type a source's logits are
         serves = backend(device, student.dtype)
         if call.teacher is not None and call.teacher.sparse and call.group:
             serves = EAGER  # no kernel
-        ask = _ask(call, serves)
+        ask = _ask(call, diagnostics)
         s = student.student(ask, wants, inplace)
         t = None if call.teacher is None else call.teacher.reader(ask)
     with _autocast(device, ""):
@@ -132,7 +134,7 @@ def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMan
     return torch.autocast(device.type, getattr(torch, dtype) if dtype else None, bool(dtype))
 
 
-def _ask(call: Call, serves: Backend) -> Ask:
+def _ask(call: Call, diagnostics: bool) -> Ask:
     """What the readers and the row functions are asked."""
     V = call.student.entries
     smaller = V
@@ -150,7 +152,7 @@ def _ask(call: Call, serves: Backend) -> Ask:
     divergence, temperature = replace_tensors(
         (call.divergence, call.temperature), lambda x: x if x.device.type != "cpu" else float(x)
     )
-    return Ask(divergence, temperature, n, call.diagnostics, call.learns, shard)
+    return Ask(divergence, temperature, n, diagnostics, call.learns, shard)
 
 
 def _walk(
@@ -171,7 +173,7 @@ def _walk(
             reader.prepare(size)
     if labels is not None and ask.shard is not None:
         labels = labels - ask.shard.first  # this shard's own numbering
-    measures = factors.new_zeros((len(MEASURES) if call.diagnostics else 2, T))
+    measures = factors.new_zeros((len(MEASURES) if ask.diagnostics else 2, T))
     for low in range(0, T, size):
         high = min(low + size, T)
         part = slice(low, high)

@@ -70,6 +70,7 @@ __all__ = [  # of the package
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "Sum",
     "TAID",
     "TVD",
 ]
@@ -521,8 +522,8 @@ class AlphaBeta(Divergence):
         require(
             (a != 0) & (b != 0) & (a + b != 0) & finite,
             "AlphaBeta's alpha, beta and alpha + beta must be finite and not 0 (the limits (1, 0)"
-            f" and (0, 1) are ForwardKL and ReverseKL), got alpha={a}, beta={b}",
-            a,
+            " and (0, 1) are ForwardKL and ReverseKL), got {}",
+            (a, b),
         )
 
     @property
@@ -633,7 +634,8 @@ class Sum(Divergence):
     makes. One pass; the same as the sum of a loss for each part, weighted.
 
     `KDParts.divergence` is the sum without c(T) where all parts have the same, else with it. A sum
-    holds at most one divergence of mixed logits (TAID, Rényi).
+    holds at most one divergence of mixed logits (TAID, Rényi). In a function that torch.compile
+    traces, tensors as weights go in here: `Sum((w, 1 - w), (ForwardKL(), TVD()))`.
 
     Attributes:
         weights: positive numbers, or 0-d tensors. divergences: as many.
@@ -641,6 +643,7 @@ class Sum(Divergence):
 
     weights: tuple[float | Tensor, ...]
     divergences: tuple[Divergence, ...]
+    kind = "sum"
 
     def __post_init__(self):
         for weight in self.weights:
@@ -680,7 +683,9 @@ class Sum(Divergence):
 
     def compensated(self, temperature):
         factors = [d.compensation(temperature) for d in self.divergences]
-        if len({type(d).compensation for d in self.divergences}) == 1:
+        own = [d for d in self.divergences if type(d).compensation is not Divergence.compensation]
+        numbers = not any(isinstance(c, Tensor) for c in factors)
+        if not own or (numbers and len(set(factors)) == 1):
             return self, factors[0]
         weights = [w * c for w, c in zip(self.weights, factors, strict=True)]
         return Sum(tuple(weights), self.divergences), 1.0

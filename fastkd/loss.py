@@ -171,18 +171,21 @@ def kd_loss(
     group = "" if group is None else shards.name_of(group)
     s = as_source("student", student)
     t = None if teacher is None else as_source("teacher", teacher)
+    _check_transforms(s, t)
     _check_student(s, shift)
     _check_teacher(s, t, d, temperature, alpha)
+    _check_numbers(s.device, alpha=alpha, temperature=temperature, divergence=d)
     _check_rows(s, labels, token_weight, alpha)
     _check_num_items(num_items, reduction, s.device)
     n = _check_vocabulary(s, t, vocab, sharded=bool(group))
 
     # What has no part in loss and report is not read.
-    learns = isinstance(alpha, Tensor) or alpha > 0
+    learns = "by row" if isinstance(alpha, Tensor) else alpha > 0
     if not (learns or return_parts):
         t = None
     if t is None:
         temperature, vocab = 1.0, "strict"
+    temperature = _wide(temperature)
     at = _positions(s, labels, token_weight, alpha, shift, ignore_index)
     sizes = None
     if group and _needs_sizes(s, t, labels, d, vocab):
@@ -199,10 +202,12 @@ def kd_loss(
     d, c = d.compensated(temperature) if compensate else (d, 1.0)
     factors = torch.stack((weight, weight * (at.alpha * c), weight * (1 - at.alpha)))
     call = Call(
-        s, t, d, temperature, vocab, return_parts, learns, workspace_bytes or WORKSPACE_BYTES,
+        s, t, d, temperature, vocab, learns, workspace_bytes or WORKSPACE_BYTES,
         _autocast_of(s.device), group, sizes,
     )  # fmt: skip
     spec, numbers, tensors = pack(call)
+    inputs = len(tensors_of((s, t)))
+    tensors[inputs:] = [_wide(x) for x in tensors[inputs:]]
     enabled = torch.is_grad_enabled()
     wants = [enabled and x.requires_grad for x in tensors_of(s)]
     # In the backward pass, where the upstream factors are known: fp16 would lose small gradients in
@@ -211,7 +216,7 @@ def kd_loss(
     overwrites = inplace and s.may_be_overwritten and not torch.compiler.is_compiling()
     weighs = [learns, wants_entropy and not _is_one(alpha)]
     how = _How(
-        spec, numbers, wants, weighs, in_backward, reduction == "none", overwrites,
+        spec, numbers, wants, weighs, in_backward, reduction == "none", return_parts, overwrites,
         _link(tensors, wants),
     )  # fmt: skip
     targets = at.labels.masked_fill(~at.counts, 0).reshape(-1) if wants_entropy else None
@@ -220,7 +225,7 @@ def kd_loss(
     if not return_parts:
         return loss
     rows = rows * weight
-    rows = rows.unflatten(1, s.leading) if reduction == "none" else rows.sum(1)
+    rows = rows.view(len(rows), *s.leading) if reduction == "none" else rows.sum(1)
     parts = dict(zip(MEASURES, rows, strict=True))
     known = {"divergence": t is not None, "cross_entropy": wants_entropy}
     softmax = t is not None and any(part.kind != "logits" for _, part in d.parts)
@@ -387,15 +392,30 @@ def _autocast_of(device: torch.device) -> str:
     return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
-def _check_transforms(s: Source) -> None:
+def _check_transforms(*sources: Source | None) -> None:
     if torch.compiler.is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_CLOSED_FORM.format("goes through no torch.func transform"))
     if forward_ad._current_level >= 0:
-        for x in tensors_of(s):
+        for x in tensors_of(sources):
             if forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(_CLOSED_FORM.format("has no forward-mode derivative"))
+
+
+def _check_numbers(device: torch.device, **numbers: Any) -> None:
+    """Those that are tensors are where they can be read: on the host, or beside the student."""
+    for name, value in numbers.items():
+        for x in tensors_of(value):
+            if x.device.type not in ("cpu", device.type):
+                raise ValueError(f"{name} is on {x.device}, the student on {device}")
+
+
+def _wide(x: Any) -> Any:
+    """A number that is a tensor, in float64: what follows from it is rounded once, in the end."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.device.type != "mps":
+        return x.double()
+    return x
 
 
 def _check_num_items(num_items, reduction: str, device: torch.device) -> None:
@@ -411,6 +431,8 @@ def _check_num_items(num_items, reduction: str, device: torch.device) -> None:
             )
         if num_items.device.type not in ("cpu", device.type):
             raise ValueError(f"num_items is on {num_items.device}, the student on {device}")
+        message = "num_items must be finite and not negative, got {}"
+        require((num_items >= 0) & (num_items < math.inf), message, num_items)
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(
             f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}"
@@ -420,7 +442,6 @@ def _check_num_items(num_items, reduction: str, device: torch.device) -> None:
 
 
 def _check_student(s: Source, shift: bool) -> None:
-    _check_transforms(s)
     if type(s).student is Source.student:
         raise TypeError(
             "student must be a tensor of logits, an LMHead or another source with gradients, got"
@@ -503,10 +524,8 @@ def _check_vocabulary(s: Source, t: Source | None, vocab: str | int, sharded: bo
         )
     if isinstance(vocab, int):
         if not sharded and vocab > smallest:
-            raise ValueError(
-                f"vocab must be between 1 and {smallest} (student {V}, teacher"
-                f" {', '.join(map(str, sizes))}), got {vocab}"
-            )
+            sides = ", ".join([f"student {V}", *(f"teacher {size}" for size in sizes)])
+            raise ValueError(f"vocab must be between 1 and {smallest} ({sides}), got {vocab}")
         return smallest if sharded else vocab
     return smallest
 
@@ -533,6 +552,7 @@ class _How(NamedTuple):
     weighs: list[bool]  # whether divergence and cross-entropy are in the loss
     in_backward: bool  # when it is computed: with the upstream factors, or forwards
     per_row: bool  # losses of rows, not their sum
+    diagnostics: bool
     inplace: bool
     link: Tensor | None  # to the student's graph
 
@@ -546,7 +566,7 @@ class _Loss(torch.autograd.Function):
         later = how.in_backward and any(how.wants)
         now = [False] * len(how.wants) if later else how.wants
         call = Parcel(how.spec, how.numbers, list(tensors))
-        rows, grads = compare.compare(call, labels, factors, now, how.inplace)
+        rows, grads = compare.compare(call, labels, factors, now, how.diagnostics, how.inplace)
         ctx.how, ctx.later, ctx.count = how, later, len(tensors)
         # Inference tensors cannot be saved for the backward pass; they are kept beside.
         saved = [labels, *tensors] if later else grads
@@ -564,10 +584,15 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _rows):
         how = ctx.how
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        if not torch.compiler.is_compiling() and batched(upstream):  # is_grads_batched=True
+            raise RuntimeError(_CLOSED_FORM.format("goes through no torch.func transform"))
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
         factors, *saved = ctx.saved_tensors
         links, upstream = (how.link, upstream), upstream.detach()
         saved = [x if kept is None else kept for x, kept in zip(saved, ctx.beside, strict=True)]
+        if not torch.compiler.is_compiling() and not _graph_is_kept():
+            ctx.beside = [None] * len(saved)
         if upstream.dim() and len(upstream) and upstream.stride(0) == 0:
             upstream = upstream[0]  # the factor of a sum over the rows, expanded
         if upstream.dim():  # whatever is made of a row that does not count
@@ -576,7 +601,8 @@ class _Loss(torch.autograd.Function):
             labels, *tensors = saved
             call = Parcel(how.spec, how.numbers, tensors)
             inplace = how.inplace and not _graph_is_kept()
-            _, grads = compare.compare(call, labels, factors * upstream, how.wants, inplace)
+            factors = factors * upstream
+            _, grads = compare.compare(call, labels, factors, how.wants, False, inplace)
         else:
             grads = [
                 _scale(grad, upstream) if wanted else grad
@@ -620,11 +646,27 @@ def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
     """`grad` times one factor, or one for each row."""
     if torch.compiler.is_compiling():
         factor = upstream.view(*grad.shape[:-1], 1) if upstream.dim() else upstream
-        return (grad * factor).to(grad.dtype)
+        return (
+            _scaled(grad, factor) if grad.device.type == "cpu" else (grad * factor).to(grad.dtype)
+        )
     grad = grad.clone() if _graph_is_kept() else grad
-    rows = grad.view(-1, grad.shape[-1]) if grad.numel() else grad.view(0, 1)
-    backend(grad.device, grad.dtype).scale_(rows, upstream)
+    if grad.numel():
+        rows = grad.view(-1, grad.shape[-1]) if grad.dim() else grad.view(1, 1)
+        backend(grad.device, grad.dtype).scale_(rows, upstream)
     return grad
+
+
+@torch.library.custom_op("fastkd::scaled", mutates_args=())
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Their product, in compiled code on a CPU: there, too, kept memory is given back after the
+    backward pass."""
+    buffers.trim_after_backward()
+    return (grad * factor).to(grad.dtype)
+
+
+@_scaled.register_fake
+def _(grad, factor):
+    return torch.empty_like(grad)
 
 
 def _graph_is_kept() -> bool:

@@ -48,7 +48,7 @@ class Shard(NamedTuple):
     """One rank's part of a vocabulary. All ranks of the group call a row function at the same time,
     and get the results of the whole rows, to the bit the same.
 
-    `dense` gathers twice and `topk` once, whatever the shapes.
+    `dense` gathers twice, once without a teacher, and `topk` once, whatever the shapes.
     """
 
     gather: Callable[[Tensor], Tensor]  # (world, *x.shape): the x of all ranks, in rank order
@@ -64,7 +64,9 @@ class Ask(NamedTuple):
     temperature: Tensor | float = 1.0  # of the divergence; a 0-d tensor, or a number
     n: int | None = None  # entries that the divergence sees, the first of each row; None: all
     diagnostics: bool = False  # the measures after the second as well
-    learns: bool = True  # whether the divergence has a part in the gradient
+    # Whether the divergence has a part in the gradient; "by row": where its factor is not 0, and
+    # elsewhere the teacher may hold anything.
+    learns: bool | str = True
     shard: Shard | None = None  # then n, 0 to V, is this shard's
 
 

@@ -54,7 +54,9 @@ def resolve(name: str):
 def sizes(V: int, n: int, group: str, like: Tensor) -> Tensor:
     """(world, 2) of every rank: the student's entries and how many both sides have, on the device
     of `like`."""
-    return gather(torch.tensor([V, n], dtype=torch.int64, device=like.device), group)
+    # Filled on the device: a copy would be a sync.
+    own = [torch.full((), x, dtype=torch.int64, device=like.device) for x in (V, n)]
+    return gather(torch.stack(own), group)
 
 
 @sizes.register_fake

@@ -139,7 +139,7 @@ def _device(backend: str) -> str:
 def _normal(*shape: int, seed: int = 0) -> Tensor:
     """In float64, of values that fp32 holds: most inputs are exact in both."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).double()
+    return torch.randn(shape, generator=generator).double()
 
 
 class _Found(NamedTuple):
@@ -794,7 +794,7 @@ def _constants(s: Source) -> list[Tensor]:
 
 
 def _loss(student: Any, teacher: Any, **settings) -> Tensor:
-    return kd_loss(student, teacher, reduction="none", **settings)
+    return kd_loss(student, teacher, **dict(reduction="none") | settings)
 
 
 def _workspaces(needed: int, entries: int) -> list[int | None]:
@@ -901,6 +901,7 @@ def _check_gradients(s: Source, leaves: list[bool]) -> None:
         (weights, {}, "T = 1, upstream gradient 1"),
         (upstream, dict(labels=labels, alpha=0.6, temperature=2.0, vocab=V - 1),
          "T = 2, alpha = 0.6, vocab = V - 1, an upstream gradient for each position"),
+        (weights.sum(), dict(reduction="sum"), "reduction='sum', times a number"),
     ]  # fmt: skip
     for factors, settings, case in cases:
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,7 @@ LOG_FLOOR = tl.constexpr(limits.LOG_FLOOR)
 NEG_INF = tl.constexpr(float("-inf"))
 # For each part of a divergence: weight, the term's two, whether infinite_p, whether infinite_q.
 PER_PART = tl.constexpr(5)
+OF_ALL = tl.constexpr(9)  # and of the divergence as a whole
 
 
 @triton.jit
@@ -70,14 +73,33 @@ def log_softmax(x, of, scale):
     return tl.where(z == NEG_INF, LOG_FLOOR, z * LN_2), tl.exp2(z)
 
 
+class Numbers(NamedTuple):
+    """The numbers of a launch, as the kernels name them; without a teacher there are none to read.
+
+    `scale` and `inverse` are 1 / (T log 2) and 1 / T; `ratio`, `slack` and the pooled ones are a
+    sparse teacher's. `parts` has PER_PART numbers for each part of the divergence.
+    """
+
+    scale: object
+    inverse: object
+    slope_sum: object
+    mix_s: object
+    mix_t: object
+    ratio: object
+    slack: object
+    pooled_value: object
+    pooled_slope: object
+    parts: object
+
+
 @triton.jit
-def read_numbers(numbers, ptr, COUNT: tl.constexpr, DATA: tl.constexpr):
-    """`numbers`, or the COUNT of them that lie at `ptr` if they are DATA."""
+def read_numbers(x, ptr, PARTS: tl.constexpr, DATA: tl.constexpr):
+    """`Numbers` of a flat tuple, or of what lies at `ptr` if they are DATA."""
     if DATA:
-        numbers = ()
-        for i in tl.static_range(COUNT):
-            numbers = numbers + (tl.load(ptr + i),)
-    return numbers
+        x = ()
+        for i in tl.static_range(OF_ALL + PER_PART * PARTS):
+            x = x + (tl.load(ptr + i),)
+    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9:])
 
 
 @triton.jit

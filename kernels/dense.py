@@ -40,7 +40,7 @@ from .block import (
     store_zeros,
     with_infinity,
 )
-from .launch import Numbers, scale_
+from .launch import scale_
 
 __all__ = ["dense", "scale_"]
 
@@ -96,9 +96,8 @@ class Sides(NamedTuple):
 
 @triton.jit
 def _numbers_of(row, at, sizes, numbers, WHAT: tl.constexpr):
-    COUNT: tl.constexpr = 9 + PER_PART * len(WHAT.terms)
-    x = read_numbers(numbers, at.numbers + row * sizes.number_stride, COUNT, WHAT.data)
-    return Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9:])
+    ptr = at.numbers + row * sizes.number_stride
+    return read_numbers(numbers, ptr, len(WHAT.terms), WHAT.data)
 
 
 @triton.jit
@@ -329,6 +328,8 @@ def _sweep(j, part, at, sizes, numbers, PHASE: tl.constexpr, WHAT: tl.constexpr,
                             grad += of_direct * direct
                     else:
                         grad = of_direct * direct
+                    if WHAT.by_row:  # not 0 · NaN
+                        grad = tl.where(of_direct == 0.0, 0.0, grad)
             if GRAD:
                 if WHAT.ce != "none":
                     if WHAT.ce == "own":
@@ -425,7 +426,7 @@ def dense(rows, ask, *, plan: launch.DensePlan | None = None) -> torch.Tensor:
 
     Args:
         rows: `Rows`.
-        ask: `Ask`. With a shard, `gather` is called twice, and a program has a row to itself.
+        ask: `Ask`. With a shard a program has a row to itself.
         plan: how the launch is cut, for tests and tuning.
 
     Returns:
@@ -437,11 +438,14 @@ def dense(rows, ask, *, plan: launch.DensePlan | None = None) -> torch.Tensor:
     """
     student, teacher, labels = rows.student, rows.teacher, rows.labels
     T, V, device = rows.factors.shape[1], student.shape[-1], student.device
+    if not T:
+        return torch.zeros((5 if ask.diagnostics else 2, 0), dtype=torch.float32, device=device)
     # Strides of 1 along T: a chunk of rows is a part of larger tensors.
     factors = rows.factors if rows.factors.stride(1) == 1 else rows.factors.contiguous()
     n = V if ask.n is None or teacher is None else ask.n
     gather = ask.shard.gather if ask.shard is not None else None
-    numbers, data = launch.pack(launch.numbers_of(ask, teacher is not None), device)
+    every = launch.numbers_of(ask, teacher is not None)
+    numbers, data = launch.pack(every, device)
     if plan is None:
         itemsize = student.element_size() + (0 if teacher is None else teacher.element_size())
         on_device = launch.dense_device(device, alone=gather is not None)
@@ -479,10 +483,9 @@ def dense(rows, ask, *, plan: launch.DensePlan | None = None) -> torch.Tensor:
             )  # fmt: skip
             if gather is not None and phase == 1:
                 shards = gather(torch.cat([stats[:, 0], measures[1, :, None]], 1))
-                scale = launch.numbers_of(ask, teacher is not None)[0]
-                stats[:, 0] = _meet_shards(shards[..., :-1], scale)
+                stats[:, 0] = _meet_shards(shards[..., :-1], scale=every[0])
                 measures[1] = shards[..., -1].amax(0)  # the label's logit, -inf where it is not
-            if gather is not None and phase == 2:
+            if gather is not None and phase == 2 and teacher is not None:
                 sums[:, 0] = _sum_parts(gather(sums[:, 0]).transpose(0, 1))
     total = _sum_parts(sums).clamp_(min=0)
     measures[0] = total[:, 0]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block import int64
+from .block import OF_ALL, int64
 
 PROGRAMS_PER_SM = 2
 MAX_REGISTERS = 128  # a thread: two programs of 8 warps fill an SM's 65,536
@@ -125,7 +125,8 @@ class What(NamedTuple):
     data: bool  # whether the numbers lie on the device
     ce: str  # "none", "shared" (the divergence's statistics serve) or "own" (T != 1, or n < V)
     grad: bool
-    learns: bool  # whether the divergence has a part in it
+    learns: bool  # whether the divergence has a part in it, or only where its factor is not 0
+    by_row: bool
     diagnostics: bool
     tail: str  # of a sparse teacher
     source: str  # of the terms: an edited one is compiled again
@@ -152,7 +153,7 @@ def _what(ask, teacher: bool, ce: str, grad: bool, tail: str = "") -> What:
     kinds = tuple(d.kind for _, d in parts)
     softmax = has_softmax(ask, teacher)
     terms = tuple(d.triton_term() for _, d in parts)
-    learns = teacher and ask.learns
+    learns = bool(teacher and ask.learns)
     return What(
         terms=terms,
         kinds=kinds,
@@ -163,14 +164,21 @@ def _what(ask, teacher: bool, ce: str, grad: bool, tail: str = "") -> What:
         mixed="mixed" in kinds,
         difference="logits" in kinds,
         mean=grad and learns and any(d.kind != "logits" and d.slope_sum is None for _, d in parts),
-        data=any(isinstance(x, torch.Tensor) for x in numbers_of(ask, teacher)),
+        data=teacher and _on_device(ask),
         ce=ce,
         grad=grad,
         learns=learns,
+        by_row=learns and ask.learns == "by row",
         diagnostics=ask.diagnostics and softmax,
         tail=tail,
         source="".join(getattr(term, "cache_key", "") for term in terms),
     )
+
+
+def _on_device(ask) -> bool:
+    """Whether a number is a tensor."""
+    own = [x for weight, d in ask.divergence.parts for x in (weight, *d.numbers)]
+    return any(isinstance(x, torch.Tensor) for x in (ask.temperature, *own))
 
 
 def _known(infinite) -> bool | str:
@@ -231,29 +239,10 @@ def _is_nvidia(device: torch.device) -> bool:
 # --- Numbers --------------------------------------------------------------
 
 
-class Numbers(NamedTuple):
-    """The numbers of a launch, as the kernels name them; without a teacher there are none to read.
-
-    `scale` and `inverse` are 1 / (T log 2) and 1 / T; `ratio`, `slack` and the pooled ones are a
-    sparse teacher's. `parts` has PER_PART numbers for each part of the divergence.
-    """
-
-    scale: object
-    inverse: object
-    slope_sum: object
-    mix_s: object
-    mix_t: object
-    ratio: object
-    slack: object
-    pooled_value: object
-    pooled_slope: object
-    parts: object
-
-
 def numbers_of(ask, teacher: bool = True, sparse=None) -> list:
-    """`Numbers`, flat: floats and 0-d tensors. In float64, as far as a tensor's own digits go."""
+    """`block.Numbers`, flat: floats, and 0-d tensors in float64."""
     if not teacher:
-        return [0.0] * 9
+        return [0.0] * OF_ALL.value
     T, divergence = _double(ask.temperature), ask.divergence
     slope_sum, mixing, parts = 0.0, (0.0, 0.0), []
     for weight, d in divergence.parts:

@@ -37,7 +37,6 @@ from .block import (
     store_zeros,
     with_infinity,
 )
-from .launch import Numbers
 from .terms import kl
 
 ABSENT = tl.constexpr(limits.ABSENT)
@@ -207,7 +206,6 @@ def topk_kernel(
 ):  # fmt: skip
     """Every row; `topk` says what the arguments are, launch.py what is constant. The ids of a row
     ascend, ABSENT ones last."""
-    COUNT: tl.constexpr = 9 + PER_PART * len(WHAT.terms)
     lane = tl.arange(0, KP)
     for i in range(tl.program_id(0), T, tl.num_programs(0)):
         j = int64(i)
@@ -217,8 +215,8 @@ def topk_kernel(
             if WHAT.grad:
                 store_zeros(grad_row, 0, V, V, BLOCK)
         else:
-            x = read_numbers(numbers, number_ptr + j * number_stride, COUNT, WHAT.data)
-            own = Numbers(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9:])
+            ptr = number_ptr + j * number_stride
+            own = read_numbers(numbers, ptr, len(WHAT.terms), WHAT.data)
             complement = _statistics(row, own.scale, WHAT, BLOCK)
             total = tl.sum(complement.total, 0)
             rest_lives = complement.maximum != NEG_INF
@@ -274,6 +272,9 @@ def topk_kernel(
                     of_lanes = of_kd * (slopes - student.q * slope_sum)
                     # Of the complement's own softmax: finite where q_rest underflows.
                     of_rest = of_kd * (slope_rest - student.q_rest * slope_sum)
+                    if WHAT.by_row:  # not 0 · NaN
+                        of_lanes = tl.where(of_kd == 0.0, 0.0, of_lanes)
+                        of_rest = tl.where(of_kd == 0.0, 0.0, of_rest)
                 if WHAT.ce == "shared":
                     of_rest += of_ce * student.q_rest
                 if WHAT.ce != "none":

@@ -34,7 +34,7 @@ def empty(
     with _lock:
         fitting = [block for block in _free() if size <= len(block) <= 2 * size]
         if not fitting:
-            release()
+            _release()
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             fitting = [mmap.mmap(-1, size, flags=flags)]
             fitting[0].madvise(mmap.MADV_HUGEPAGE)  # advice only
@@ -53,6 +53,11 @@ def teach_malloc() -> None:
 
 def release() -> None:
     """Give the memory that no tensor uses back to the system."""
+    with _lock:
+        _release()
+
+
+def _release() -> None:
     unused = {id(block) for block in _free()}
     _blocks[:] = [block for block in _blocks if id(block) not in unused]
 
@@ -70,7 +75,7 @@ def trim() -> None:
 
 def trim_after_backward() -> None:
     """`trim` when the backward pass that runs now has ended: gradients are on their way."""
-    if _blocks:
+    if _blocks and torch._C._current_graph_task_id() != -1:
         torch.autograd.Variable._execution_engine.queue_callback(trim)
 
 

@@ -101,7 +101,7 @@ class _Job:
         sums = [w * (part.slope_sum or 0.0) for w, part in self.parts if part.kind != "logits"]
         known = all(part.slope_sum is not None for _, part in self.parts)
         self.slope_sum = sum(sums) if known else None  # None: it must be summed
-        self.learns = ask.learns and bool(self.parts)
+        self.learns = bool(ask.learns and self.parts)
         # The student's softmax in the divergence is the one of the cross-entropy.
         whole = (ask.temperature, self.n) == (1, self.V) and ask.shard is None
         self.shared = self.softmax and whole
@@ -163,7 +163,7 @@ def _whole_rows(job: _Job) -> None:
             ce = a.p, label, block.factors[2]
         if block.grad is not None:
             slope_sum = job.slope_sum
-            if slope_sum is None:
+            if slope_sum is None and job.learns:
                 slope_sum = kd.slope.sum(-1, keepdim=True)
             _write_gradient(job, block, kd, slope_sum, ce)
 
@@ -203,7 +203,7 @@ def _shards(job: _Job) -> None:
         values[1] = surprise(maximum, anchor, log_total, stats[..., 10:].amax(0))
 
     sums = values.new_zeros((values.shape[1], len(values) if job.softmax else 2))
-    late = job.slope_sum is None  # then the gradient waits for the third phase
+    late = job.learns and job.slope_sum is None  # then the gradient waits for the third phase
 
     def sweep(value: bool, grad: Tensor | None, slope_sum: float | Tensor | None) -> None:
         """The second phase or the third, the gradient in either."""
@@ -330,6 +330,8 @@ def _write_gradient(
             seen.addcmul_(kd.direct, of_kd)
     elif learns:
         torch.mul(kd.direct, of_kd, out=seen)
+    if job.ask.learns == "by row" and learns:
+        seen.masked_fill_(of_kd == 0, 0)  # not 0 · NaN
     if learns and job.n < job.V:
         out[:, job.n :].zero_()
     if ce is not None and job.learns_ce:

@@ -177,7 +177,9 @@ def _of_divergence(job: _Job, block: _Block, gradient: Tensor) -> Tensor:
     """The divergence's part in the rows' gradient."""
     if not job.ask.learns:
         return torch.zeros_like(gradient)
-    return gradient * (block.factors[1] / job.ask.temperature)
+    of_kd = block.factors[1]
+    gradient = gradient * (of_kd / job.ask.temperature)
+    return gradient.masked_fill_(of_kd == 0, 0) if job.ask.learns == "by row" else gradient
 
 
 def _columns(ids: Tensor, n: int) -> tuple[Tensor, Tensor]:

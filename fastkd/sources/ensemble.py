@@ -60,17 +60,17 @@ class Ensemble(Source):
                     f" {tuple(t.leading)} on {t.device}, number 0 {tuple(first.leading)} on"
                     f" {first.device}"
                 )
-            if t.sparse and (mode == "logits" or t.tail != "renormalize"):
+            if t.sparse and (mode == "logits" or not t.is_whole):
                 raise ValueError(
                     f"in an Ensemble, {type(t).__name__} needs mode='probabilities' and"
                     " tail='renormalize' (else its distribution is not known), got"
-                    f" mode={mode!r}, tail={t.tail!r}"
+                    f" mode={mode!r}, tail={getattr(t, 'tail', None)!r}"
                 )
         object.__setattr__(self, "teachers", teachers)
-        object.__setattr__(self, "weights", self._normalised(self.weights))
+        object.__setattr__(self, "weights", self._stacked(self.weights))
 
-    def _normalised(self, weights) -> tuple[float, ...] | Tensor:
-        """Numbers that sum to 1, or (count, ...) a tensor."""
+    def _stacked(self, weights) -> tuple[float, ...] | Tensor:
+        """Numbers that sum to 1, or (count, ...) as they are."""
         count = len(self.teachers)
         weights = [1.0] * count if weights is None else list(weights)
         if len(weights) != count:
@@ -83,20 +83,26 @@ class Ensemble(Source):
                     f" positive sum, got {weights}"
                 )
             return tuple(w / sum(weights) for w in weights)
-        whole = []
+        whole, dtype = [], sum_dtype(*(w.dtype for w in weights if isinstance(w, Tensor)))
         for w in weights:
             if not isinstance(w, Tensor):  # filled on the device: a copy would be a sync
-                w = torch.full((), w, dtype=self.dtype, device=self.device)
+                w = torch.full((), w, dtype=dtype, device=self.device)
             if w.shape not in ((), self.leading) or w.device != self.device:
                 raise ValueError(
                     f"Ensemble's weights must be numbers or tensors of shape {tuple(self.leading)}"
                     f" on {self.device}, got shape {shape_of(w)} on {w.device}"
                 )
             check_constant("Ensemble's weights", w)
-            whole.append(w.to(self.dtype).expand(self.leading))
-        stacked = torch.stack(whole)
-        total = stacked.sum(0)
-        return stacked / torch.where(total == 0, 1, total)
+            whole.append(w.to(dtype).expand(self.leading))
+        return torch.stack(whole)
+
+    @property
+    def shares(self) -> tuple[float, ...] | Tensor:
+        """The weights, divided by their sum."""
+        if not isinstance(self.weights, Tensor):
+            return self.weights
+        total = self.weights.sum(0)
+        return self.weights / torch.where(total == 0, 1, total)
 
     @property
     def members(self):
@@ -129,12 +135,15 @@ class Ensemble(Source):
             valid = ~counts | (self.weights.isfinite() & (self.weights >= 0))
             message = "Ensemble's weights must be finite and not negative, got {}"
             require(valid, message, self.weights)
+            total = self.weights.sum(0)
+            message = "the sum of Ensemble's weights must be positive, got {}"
+            require(~counts | (total > 0), message, total)
 
     def whole_logits(self, temperature=1.0, n=None):
         """In mode "probabilities" they are T log p."""
         n = n or self.entries
         total = 0
-        for w, teacher in zip(self.weights, self.teachers, strict=True):
+        for w, teacher in zip(self.shares, self.teachers, strict=True):
             z = teacher.whole_logits(temperature, n)[..., :n]
             w = w[..., None].to(z.dtype) if isinstance(w, Tensor) else w
             total = total + w * (z if self.mode == "logits" else F.softmax(z / temperature, -1))
@@ -148,7 +157,7 @@ class EnsembleReader(Reader):
     def __init__(self, source, ask):
         super().__init__(source, ask)
         self.members = [teacher.reader(ask) for teacher in source.teachers]
-        self.weights = source.weights
+        self.weights = source.shares
         if isinstance(self.weights, Tensor):
             self.weights = self.weights.reshape(len(self.members), -1)
 

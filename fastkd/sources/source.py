@@ -100,6 +100,11 @@ class Source(Packed):
         return True
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it says what all entries have, so that it may be a member of an `Ensemble`."""
+        return not self.sparse
+
+    @property
     def shape(self) -> tuple[int | None, ...]:
         """Of the logits, for messages."""
         return (*self.leading, self.entries)

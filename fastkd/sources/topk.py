@@ -88,6 +88,10 @@ class TopK(Source):
         return False
 
     @property
+    def is_whole(self):
+        return self.tail == "renormalize"
+
+    @property
     def shape(self):
         return shape_of(self.ids)
 
@@ -101,9 +105,9 @@ class TopK(Source):
         if self.tail == "renormalize":
             require(
                 _not(divergence.infinite_p),
-                f"{divergence} is infinite where the teacher has no mass: outside a renormalised"
-                " top-k teacher everywhere; use tail='bucket'",
-                None,
+                "{} is infinite where the teacher has no mass: outside a renormalised top-k"
+                " teacher everywhere; use tail='bucket'",
+                divergence,
             )
         else:
             require(
@@ -123,8 +127,8 @@ class TopK(Source):
         repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
         message = "top-k ids must be distinct in a row, got {} twice"
         require(ignored | ~repeated, message, ordered[..., 1:])
-        message = "top-k log-probabilities must not be positive, got {}"
-        require(absent | ~(self.logprobs > 0.01), message, self.logprobs)
+        message = "top-k log-probabilities must be numbers that are not positive, got {}"
+        require(absent | (self.logprobs <= 0.01), message, self.logprobs)
 
     def reader(self, ask):
         return TopKReader(self, ask)

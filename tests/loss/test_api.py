@@ -65,6 +65,13 @@ GRADED = torch.rand(2, 5, device=DEVICE, requires_grad=True)
         (ValueError, ["vocab", "padded"], (S, T), {"vocab": "padded"}),
         (ValueError, ["num_items", "sum"], (S, T), {"num_items": 3, "reduction": "sum"}),
         (ValueError, ["num_items", "(2,)"], (S, T), {"num_items": torch.ones(2)}),
+        (ValueError, ["num_items", "-3"], (S, T), {"num_items": torch.tensor(-3)}),
+        (
+            ValueError,
+            ["between 1 and 30 (student 30), got 40"],
+            (S, None, Y),
+            {"alpha": 0, "vocab": 40},
+        ),
         (ValueError, ["group"], (S, T), {"group": object()}),
         (ValueError, ["shift", "(30,)"], (S[0, 0], T[0, 0]), {"shift": True}),
         (ValueError, ["meta", DEVICE], (S, T.to("meta")), {}),

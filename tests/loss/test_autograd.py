@@ -92,8 +92,40 @@ def test_transforms_are_refused_in_our_words():
             transform()
     with forward_ad.dual_level():
         kd_loss(S, forward_ad.make_dual(T, T).detach())
-        with pytest.raises(RuntimeError, match="kd_loss has no forward-mode derivative"):
-            kd_loss(forward_ad.make_dual(S, S), T)
+        for pair in ((forward_ad.make_dual(S, S), T), (S, forward_ad.make_dual(T, T))):
+            with pytest.raises(RuntimeError, match="kd_loss has no forward-mode derivative"):
+                kd_loss(*pair)
+    leaf = S.clone().requires_grad_()
+    losses = kd_loss(leaf, T, reduction="none").flatten()
+    every = torch.eye(len(losses), device=DEVICE)
+    with pytest.raises(RuntimeError, match="kd_loss goes through no torch.func transform"):
+        torch.autograd.grad(losses, leaf, every, is_grads_batched=True)
+
+
+def test_inference_tensors_are_let_go():
+    """As saved tensors are, with the graph."""
+    import weakref
+
+    student = S.half().requires_grad_()
+    with torch.inference_mode():
+        teacher = T.half() * 1
+    kept = weakref.ref(teacher.untyped_storage())
+    loss = kd_loss(student, teacher)
+    del teacher
+    assert kept() is not None
+    loss.backward()
+    assert kept() is None
+
+
+def test_measures_are_reported_once(monkeypatch):
+    """Forwards, also where the gradient is computed in the backward pass."""
+    from fastkd import compare
+
+    asked, operator = [], compare._operator
+    monkeypatch.setattr(compare, "_operator", lambda *a: (asked.append(a[-1]), operator(*a))[1])
+    student = S.half().requires_grad_()
+    kd_loss(student, T.half(), return_parts=True).loss.backward()
+    assert asked == [True, False] and student.grad.isfinite().all()
 
 
 def test_the_logits_are_not_kept():
@@ -135,12 +167,13 @@ def test_export(fused, strict):
 
 def test_operators_are_what_they_say(monkeypatch):
     """torch.library.opcheck of the calls that losses make; test_shards.py has the other one."""
-    from fastkd import compare
+    from fastkd import compare, loss
 
     calls, operator = [], compare._operator
     monkeypatch.setattr(compare, "_operator", lambda *a: (calls.append(a), operator(*a))[1])
     leaves, head = heads()
     logprobs, ids = T.log_softmax(-1).topk(4)
+    torch.library.opcheck(loss._scaled._opoverload, (torch.rand(5, 30), torch.rand(5, 1)))
     temperature = torch.tensor(2.0, device=DEVICE)
     kd_loss(S.clone().requires_grad_(), T, Y, alpha=0.5, return_parts=True)
     kd_loss(head, TopK(ids, logprobs, tail="renormalize"), temperature=temperature)
@@ -159,9 +192,12 @@ def test_kept_memory_does_not_add_to_the_step(monkeypatch):
     monkeypatch.setattr(buffers, "KEPT", 2**21)
     buffers.release()
     hidden, weight = torch.randn(64, 8), torch.randn(40_000, 8)
-    for wanted in (True, False):
-        student = LMHead(hidden.clone().requires_grad_(wanted), weight)
-        loss = kd_loss(student, LMHead(hidden, weight))
+    for wanted in (True, False, "compiled"):
+        run = kd_loss
+        if wanted == "compiled":
+            run = torch.compile(kd_loss, backend="aot_eager")
+        student = LMHead(hidden.clone().requires_grad_(bool(wanted)), weight)
+        loss = run(student, LMHead(hidden, weight))
         if wanted:
             assert sum(map(len, buffers._free())) > 2**22  # the chunk's logits
             loss.backward()

@@ -170,3 +170,55 @@ def test_a_schedule_compiles_once(backend):
             expected = value_and_grad(step, student, teacher, labels, *numbers)
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_numbers_of_any_precision_are_computed_with_in_float64(dtype):
+    """T = 300: its square is infinite in fp16. An fp64 student gets all digits."""
+    student, teacher = (x.double() for x in logits(4, 50))
+    for T, t in ((1.3, 0.1), (300.0, 0.7)):
+        numbers = [torch.tensor(x, dtype=dtype, device=DEVICE) for x in (T, t)]
+        losses = [
+            kd_loss(student, teacher, divergence=TAID(w), temperature=temperature)
+            for temperature, w in (numbers, map(float, numbers))
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "bucket", "renormalize"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_a_teacher_without_weight_may_hold_anything(kind, divergence, backend):
+    """Where alpha is 0, as where it is a missing answer: not 0 · NaN."""
+    student, teacher = logits(4, 50)
+    labels = torch.tensor([9, 1, 2, 49], device=DEVICE)
+    alpha = torch.tensor([0.5, 0.0, 1.0, 0.0], device=DEVICE)
+    results = []
+    for missing in (False, True):
+        logprobs, ids = teacher.log_softmax(-1).topk(8)
+        says = teacher.clone() if kind == "dense" else logprobs
+        if missing:
+            says[alpha == 0] = torch.nan if kind == "dense" else -torch.inf
+        source = says if kind == "dense" else TopK(ids, says, tail=kind)
+        results.append(
+            value_and_grad(
+                kd_loss, student, source, labels, divergence=divergence, alpha=alpha,
+                temperature=2.0 if kind != "bucket" else 1.0, reduction="none",
+            )
+        )  # fmt: skip
+    torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="on meta"):
+        kd_loss(student, teacher, labels, alpha=torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion there")
+def test_a_renormalised_list_and_an_infinite_divergence():
+    student, teacher = logits(2, 9)
+    logprobs, ids = teacher.log_softmax(-1).topk(3)
+    sparse = TopK(ids, logprobs, tail="renormalize")
+    for d in (
+        Jeffreys(number(0.5)),
+        SkewReverseKL(number(1.0)),
+        ForwardKL() + Jeffreys(number(0.5)),
+    ):
+        with pytest.raises(ValueError, match="infinite where the teacher has no mass"):
+            kd_loss(student, sparse, divergence=d)

@@ -718,8 +718,13 @@ def test_bad_ids():
             kd_loss(Z, TopK(wrong, -IDS.float()))
     with pytest.raises(ValueError, match="positive"):
         kd_loss(Z, TopK(IDS, Z[:, :3].abs() + 1))
-    with pytest.raises(ValueError, match="negative"):
-        kd_loss(Z, Ensemble([Z, Z], torch.tensor([2.0, -1.0])))
+    with pytest.raises(ValueError, match="nan"):
+        kd_loss(Z, TopK(IDS, Z[:, :3] * torch.nan))
+    for weights in ([2.0, -1.0], [-1.0, -3.0]):
+        with pytest.raises(ValueError, match="not negative"):
+            kd_loss(Z, Ensemble([Z, Z], torch.tensor(weights)))
+    with pytest.raises(ValueError, match="sum of Ensemble's weights must be positive, got .0.0"):
+        kd_loss(Z, Ensemble([Z, Z], torch.zeros(2)))
 
 
 def test_every_divergence_says_whether_it_may_be_pooled():
@@ -728,3 +733,20 @@ def test_every_divergence_says_whether_it_may_be_pooled():
         "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "jeffreys", "tvd",
         "hellinger",
     }  # fmt: skip
+
+
+def test_one_position_alone(backend):
+    """(V,) logits: no leading shape, and parts of it."""
+    student, teacher, label = Z[0], Z[1], torch.tensor(2, device=DEVICE)
+    parts = kd_loss(student, teacher, label, alpha=0.5, reduction="none", return_parts=True)
+    whole = kd_loss(Z[:1], Z[1:2], label[None], alpha=0.5, return_parts=True)
+    assert all(x.shape == () for x in parts if x is not None)
+    torch.testing.assert_close([*parts[:6]], [*whole[:6]])
+
+
+def test_ensembles_made_outside_of_autocast(backend):
+    """Whose members agree on a type only under it."""
+    head = LMHead(HIDDEN.bfloat16(), WEIGHT)
+    mixture = Ensemble([head, Z], weights=[torch.rand(4, device=DEVICE), 1.0])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert kd_loss(Z, mixture).isfinite()

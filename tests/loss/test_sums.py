@@ -1,11 +1,13 @@
 """`a * D1 + b * D2` is a divergence: one pass, the same as a loss for each part, weighted."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 from common import DEVICE, DIVERGENCES, logits, value_and_grad
 
+import fastkd
 from fastkd import (
     JSD,
     TAID,
@@ -140,3 +142,38 @@ def test_what_cannot_be_added():
         ForwardKL() + 1
     with pytest.raises(TypeError, match="weight of a divergence"):
         ForwardKL() * "2"
+
+
+@dataclass(frozen=True)
+class Warm(fastkd.Divergence):
+    """Forward KL with a compensation that depends on its number."""
+
+    power: float = 1.0
+    name = "warm"
+    slope_sum = -1.0
+    infinite_q = True
+
+    def compensation(self, temperature):
+        return temperature**self.power
+
+    formula, term = ForwardKL.formula, ForwardKL.term
+
+
+def test_compensations_of_one_class_may_differ():
+    student, teacher = (x.double() for x in logits(3, 30))
+    options = dict(temperature=2.0)
+    parts = [kd_loss(student, teacher, divergence=Warm(k), **options) for k in (1.0, 3.0)]
+    both = kd_loss(student, teacher, divergence=0.5 * Warm(1.0) + 2 * Warm(3.0), **options)
+    torch.testing.assert_close(both, 0.5 * parts[0] + 2 * parts[1])
+
+
+def test_tensors_as_weights_are_traced():
+    def step(x, t, w):
+        divergence = fastkd.Sum((w, 1 - w), (ForwardKL(), TVD()))
+        return kd_loss(x * 2, t, divergence=divergence)
+
+    student, teacher = logits(3, 30)
+    weight = torch.tensor(0.25, device=DEVICE)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = kd_loss(student * 2, teacher, divergence=0.25 * ForwardKL() + 0.75 * TVD())
+    torch.testing.assert_close(compiled(student, teacher, weight), expected)

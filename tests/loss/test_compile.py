@@ -16,6 +16,8 @@ def test_compiles_ahead_of_time(target):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTKD_BACKEND")}
     env["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), env.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=env)
+    if "ld.lld not found" in run.stderr:
+        pytest.skip("this Triton (3.4) does not bring ROCm's linker")
     assert run.returncode == 0, run.stderr[-3000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(reports) >= 19

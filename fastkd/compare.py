@@ -187,7 +187,10 @@ def _walk(
         y = None if labels is None else labels[part]
         rows = Rows(logits, teacher, y, factors[:, part], grad)
         found = serves.topk(rows, ask) if sparse else serves.dense(rows, ask)
-        measures[: len(found), part] = found
+        if len(found) == len(measures) and size >= T:
+            measures = found
+        else:
+            measures[: len(found), part] = found
         if grad is not None:
             s.take(grad, low, high, counts)
     return measures

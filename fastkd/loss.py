@@ -206,18 +206,19 @@ def kd_loss(
         _autocast_of(s.device), group, sizes,
     )  # fmt: skip
     spec, numbers, tensors = pack(call)
-    inputs = len(tensors_of((s, t)))
+    of_student, of_teacher = len(tensors_of(s)), len(tensors_of(t))
+    inputs = of_student + of_teacher
     tensors[inputs:] = [_wide(x) for x in tensors[inputs:]]
     enabled = torch.is_grad_enabled()
-    wants = [enabled and x.requires_grad for x in tensors_of(s)]
+    wants = [enabled and x.requires_grad for x in tensors[:of_student]]
     # In the backward pass, where the upstream factors are known: fp16 would lose small gradients in
     # a cast before, and a weight's gradient cannot be scaled row by row after.
     in_backward = s.dtype == torch.float16 or (reduction == "none" and not s.row_by_row)
     overwrites = inplace and s.may_be_overwritten and not torch.compiler.is_compiling()
     weighs = [learns, wants_entropy and not _is_one(alpha)]
     how = _How(
-        spec, numbers, wants, weighs, in_backward, reduction == "none", return_parts, overwrites,
-        _link(tensors, wants),
+        spec, numbers, wants, weighs, learns == "by row", in_backward, reduction == "none",
+        return_parts, overwrites, _link(tensors, wants),
     )  # fmt: skip
     targets = at.labels.masked_fill(~at.counts, 0).reshape(-1) if wants_entropy else None
     loss, rows = _Loss.apply(how, targets, factors.detach(), *tensors)
@@ -550,6 +551,7 @@ class _How(NamedTuple):
     numbers: list[float]
     wants: list[bool]  # which of the student's tensors get a gradient
     weighs: list[bool]  # whether divergence and cross-entropy are in the loss
+    by_row: bool  # whether with another weight in every row
     in_backward: bool  # when it is computed: with the upstream factors, or forwards
     per_row: bool  # losses of rows, not their sum
     diagnostics: bool
@@ -573,11 +575,10 @@ class _Loss(torch.autograd.Function):
         ctx.beside = [_keeps(x) for x in saved]
         saved = [None if kept is not None else x for x, kept in zip(saved, ctx.beside, strict=True)]
         ctx.save_for_backward(factors, *saved)
-        loss = torch.zeros_like(rows[0])
-        for i in (0, 1):
-            if how.weighs[i]:
-                factor = factors[1 + i]  # 0 in some rows, where the value may be infinite
-                loss = loss + torch.where(factor == 0, 0, rows[i] * factor)
+        kd, ce = rows[0] * factors[1], rows[1] * factors[2]
+        if how.by_row:  # some factors are 0 where the value may be infinite
+            kd, ce = torch.where(factors[1] == 0, 0, kd), torch.where(factors[2] == 0, 0, ce)
+        loss = kd + ce if all(how.weighs) else kd if how.weighs[0] else ce
         ctx.mark_non_differentiable(rows)
         return loss if how.per_row else loss.sum(), rows
 

@@ -89,6 +89,11 @@ def _literal(x: Any, numbers: list[float], tensors: list[Tensor]) -> Any:
     )
 
 
+@functools.cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
 @functools.lru_cache(maxsize=256)
 def _parsed(spec: str) -> Any:
     return ast.literal_eval(spec)
@@ -105,6 +110,6 @@ def _object(literal: Any, numbers: Iterator[float], tensors: Iterator[Tensor]) -
         return tuple(values)
     cls = _CLASSES[kind]
     made = cls.__new__(cls)
-    for field, value in zip(dataclasses.fields(cls), values, strict=True):
-        object.__setattr__(made, field.name, value)
+    for name, value in zip(_names(cls), values, strict=True):
+        object.__setattr__(made, name, value)
     return made

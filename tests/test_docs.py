@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_lms import V, tiny
 
 import fastkd
 from fastkd import kd_loss
@@ -25,15 +26,6 @@ PAGES = {
 }
 README, START = PAGES["README.md"], PAGES["docs/getting-started.md"]
 NOT_RUN = 0
-V = 48
-
-
-def tiny_model(seed):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=V, **size))
 
 
 def rows():
@@ -64,7 +56,7 @@ def names():
         return torch.randn(*shape, generator=generator)
 
     return dict(
-        student=tiny_model(0), teacher=tiny_model(1), loader=Loader(), batch=batch_of(rows()),
+        student=tiny(0), teacher=tiny(1), loader=Loader(), batch=batch_of(rows()),
         labels=batch_of(rows())["labels"],
         student_logits=random(4, 12, V).requires_grad_(), teacher_logits=random(4, 12, V),
         other_logits=random(4, 12, V), longer_logits=random(4, 12, V + 3),
@@ -131,7 +123,7 @@ def test_few_blocks_are_not_run():
 
 def gradient(batches, **settings):
     """Of whole logits, summed over the batches."""
-    student, teacher = tiny_model(0), tiny_model(1)
+    student, teacher = tiny(0), tiny(1)
     for batch in batches:
         labels = batch.pop("labels")
         with torch.no_grad():
@@ -203,7 +195,7 @@ def test_trainer(tmp_path):
     trainer_class = run("docs/getting-started.md", tmp_path)["DistillationTrainer"]
     weights = []
     for size, accumulation in ((4, 1), (1, 4)):
-        student = tiny_model(0)
+        student = tiny(0)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=size, max_steps=2, optim="sgd",
             gradient_accumulation_steps=accumulation, learning_rate=0.1,
@@ -211,12 +203,12 @@ def test_trainer(tmp_path):
             report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=0,
         )  # fmt: skip
         trainer = trainer_class(
-            student, arguments, train_dataset=rows(), eval_dataset=rows(), teacher=tiny_model(1)
+            student, arguments, train_dataset=rows(), eval_dataset=rows(), teacher=tiny(1)
         )
         trainer.train()
         weights.append(flat(student.parameters()))
     assert trainer.evaluate()["eval_loss"] > 0
-    start = flat(tiny_model(0).parameters())
+    start = flat(tiny(0).parameters())
     assert (weights[0] - start).norm() > 1e-3
     assert (weights[0] - weights[1]).norm() < 1e-5 * (weights[0] - start).norm() + 1e-6
 

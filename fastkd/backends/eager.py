@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd.backends import buffers
 from fastkd.backends.softmax import (
     Softmax,
+    anchor_of,
     block_rows,
     blocks_of,
     in_shard,
@@ -199,7 +200,7 @@ def _shards(job: _Job) -> None:
     if job.rows.labels is not None:  # of all rows at once: the same bits whatever the blocks are
         maximum, total = known[:, 4:5], known[:, 5:6]
         log_total = total.masked_fill(total == 0, 1).log()
-        anchor = maximum * -(1 / LN_2)
+        anchor = anchor_of(maximum, 1 / LN_2)
         values[1] = surprise(maximum, anchor, log_total, stats[..., 10:].amax(0))
 
     sums = values.new_zeros((values.shape[1], len(values) if job.softmax else 2))

@@ -25,6 +25,7 @@ from fastkd.backends.softmax import (
     blocks_of,
     in_shard,
     logits_at,
+    scaled,
     softmax,
     surprise,
     wide,
@@ -326,8 +327,7 @@ def _complement(logits: Tensor, at: Tensor, ask: Ask, x: Tensor) -> _Complement:
     dead = maximum <= DEAD
     finite = maximum.masked_fill(dead, 0)
     scale = torch.tensor(1 / (ask.temperature * LN_2), dtype=x.dtype).item()
-    anchor = finite * -scale
-    torch.add(anchor, x, alpha=scale, out=x)
+    anchor = scaled(x, finite, scale, x)
     torch.exp2(x, out=x)
     total = x.sum(-1, keepdim=True).masked_fill_(dead, 1)
     rounding = wide(finite) * scale + wide(anchor)  # the anchor's

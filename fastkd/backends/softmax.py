@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -41,7 +42,7 @@ class Softmax(NamedTuple):
     log_p: Tensor  # (rows, V), finite
     p: Tensor
     maximum: Tensor  # (rows, 1), of the logits
-    anchor: Tensor  # -maximum / (T log 2), rounded
+    anchor: Tensor  # -maximum / (T log 2), as `scaled` has it
     log_total: Tensor  # of Σ 2^(anchor + logits / (T log 2))
     dead: Tensor | None  # where p is 0 by a logit of -inf, or None: nowhere
     empty: Tensor | None  # (rows,) without any support
@@ -78,9 +79,7 @@ def exponentials(
         maximum = z.amax(-1, keepdim=True)
         maximum.masked_fill_(maximum <= DEAD, 0)
     scale = 1 / (temperature * LN_2)
-    anchor = maximum * -scale
-    # One fused multiply-add: its only rounding is the anchor's, which cancels in p.
-    torch.add(anchor, z, alpha=scale, out=x)
+    anchor = scaled(z, maximum, scale, x)
     # Nothing is above 0, so one dead entry shows in the sum. Elsewhere than on the CPU a decision
     # on data would be a device sync.
     if x.device.type != "cpu" or not x.sum() > DEAD / 2 * scale:
@@ -88,6 +87,34 @@ def exponentials(
         x.masked_fill_(dead, -math.inf)
     torch.exp2(x, out=p)
     return maximum, anchor, dead
+
+
+def scaled(z: Tensor, maximum: Tensor, scale: float, out: Tensor) -> Tensor:
+    """(z - maximum) · scale into `out`; the anchor, which was added to z · scale for it."""
+    anchor = anchor_of(maximum, scale)
+    if _fuses(z.device, out.dtype):
+        # One multiply-add: its only rounding is the anchor's, which cancels in p.
+        torch.add(anchor, z, alpha=scale, out=out)
+    else:
+        torch.sub(z, maximum, out=out).mul_(scale)
+    return anchor
+
+
+def anchor_of(maximum: Tensor, scale: float) -> Tensor:
+    """-maximum · scale: rounded where it is rounded before it is added, else in float64."""
+    if _fuses(maximum.device, maximum.dtype):
+        return maximum * -scale
+    return wide(maximum) * -wide(torch.tensor(scale, dtype=maximum.dtype))
+
+
+@functools.cache
+def _fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device multiplies and adds with one rounding: not every CPU does."""
+    if device.type != "cpu":
+        return True
+    step = 2.0 ** (-12 if dtype == torch.float32 else -27)
+    x = torch.full((64,), 1 + step, dtype=dtype)
+    return bool((torch.add(torch.full_like(x, -1 - 2 * step), x, alpha=1 + step) > 0).all())
 
 
 def statistics(
@@ -107,8 +134,11 @@ def merged(stats: Tensor, temperature: float) -> Tensor:
     high, part = stats.unbind(-1)
     maximum = high.amax(0)
     maximum.masked_fill_(maximum == -math.inf, 0)
-    # Between anchors as they were rounded.
-    rescaled = part * torch.exp2(maximum * -scale - high * -scale)
+    if _fuses(high.device, high.dtype):  # between anchors as they were rounded
+        below = maximum * -scale - high * -scale
+    else:
+        below = (high - maximum) * scale
+    rescaled = part * torch.exp2(below)
     return torch.stack([maximum, rescaled.sum(0)], -1)
 
 

@@ -104,9 +104,8 @@ def test_adding_a_constant_to_either_side_changes_nothing(divergence, backend):
     if divergence.name == "logit_mse" and not divergence.centered:
         pytest.skip("compares logits, not distributions")
     student, teacher = logits(4, 300)
-    student, teacher = (
-        x.mul(64).round().div(64) for x in (student, teacher)
-    )  # the sums below are exact
+    # The sums below are exact.
+    student, teacher = (x.mul(64).round().div(64) for x in (student, teacher))
     options = dict(divergence=divergence, temperature=2.0, reduction="none")
     value, grad = value_and_grad(kd_loss, student, teacher, **options)
     for a, b in ((3000, 0), (0, -3000), (3000, 3000)):
@@ -118,6 +117,26 @@ def test_adding_a_constant_to_either_side_changes_nothing(divergence, backend):
         torch.testing.assert_close(
             other_grad, grad, rtol=1e-4 if exact else 1e-2, atol=1e-7 if exact else 1e-5
         )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of CPUs")
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_cpus_without_fused_multiply_adds(name, monkeypatch):
+    """Far from 0, too, the softmaxes lose nothing; the cross-entropy's and a list's either."""
+    from fastkd.backends import softmax
+
+    student, teacher = (x.mul(64).round().div(64) for x in logits(4, 300))
+    labels = torch.tensor([3, 299, -100, 0])
+    logprobs, ids = teacher.log_softmax(-1).topk(8)
+    results = []
+    for offset in (0, 3000):
+        monkeypatch.setattr(softmax, "_fuses", lambda *_: False)
+        for source in (teacher + offset, fastkd.TopK(ids, logprobs)):
+            options = dict(divergence=name, alpha=0.5, reduction="none")
+            results.append(value_and_grad(kd_loss, student + offset, source, labels, **options))
+    for here, far in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(far, here, rtol=1e-5, atol=1e-7)
+    assert_as_exact_as_torch(student, teacher, labels, divergence=name, temperature=2.0, alpha=0.5)
 
 
 @every_divergence

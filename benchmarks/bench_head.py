@@ -4,9 +4,8 @@ the peers, in one run.
     pytest benchmarks/bench_head.py --benchmark-json=benchmarks/results/cpu.json
 
 The floor, the four matrix products alone (three where the head is frozen), is timed in turns with
-each of them. Peers (liger-kernel 0.8.5, TRL
-1.16) run where they are installed, on a GPU, with their own defaults: both of Liger's add up a
-head's bf16 gradient in bf16.
+each of them. Peers (liger-kernel 0.8.5, TRL 1.16) run where they are installed, on a GPU, with
+their own defaults: both of Liger's add up a head's bf16 gradient in bf16.
 """
 
 from functools import cache

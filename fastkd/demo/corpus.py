@@ -11,44 +11,13 @@ from pathlib import Path
 
 # Whole modules and packages, none of which is used for training or for the tokenizer.
 HELD_OUT = frozenset(
-    [
-        "argparse",
-        "ast",
-        "calendar",
-        "concurrent",
-        "dataclasses",
-        "doctest",
-        "fractions",
-        "heapq",
-        "imaplib",
-        "json",
-    ]
-    + [
-        "logging",
-        "pathlib",
-        "pprint",
-        "queue",
-        "shutil",
-        "statistics",
-        "tarfile",
-        "textwrap",
-        "uuid",
-        "zipfile",
-    ]
+    "argparse ast calendar concurrent dataclasses doctest fractions heapq imaplib json"
+    " logging pathlib pprint queue shutil statistics tarfile textwrap uuid zipfile".split()
 )
 # Tests are not shipped by every distribution; code tables and generated parsers are not prose or
 # code by hand.
 SKIPPED = frozenset(
-    [
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "encodings",
-        "lib2to3",
-    ]
+    "test tests idle_test site-packages dist-packages __pycache__ encodings lib2to3".split()
 )
 
 

@@ -129,6 +129,12 @@ class Ensemble(Source):
     def has_logits(self):
         return self.mode == "logits" and all(t.has_logits for t in self.teachers)
 
+    def check(self, divergence, temperature):
+        super().check(divergence, temperature)
+        for member in self.teachers:
+            if not member.sparse:  # a list's tail is no matter here: it is a whole distribution
+                member.check(divergence, temperature)
+
     def check_rows(self, counts, n, strict):
         super().check_rows(counts, n, strict)
         if isinstance(self.weights, Tensor):

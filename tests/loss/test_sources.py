@@ -735,6 +735,21 @@ def test_every_divergence_says_whether_it_may_be_pooled():
     }  # fmt: skip
 
 
+class Refusing(LMHead):
+    """A source that is no teacher of reverse KL."""
+
+    def check(self, divergence, temperature):
+        if divergence.name == "reverse_kl":
+            raise ValueError("not under reverse KL")
+
+
+def test_members_have_their_say():
+    mixture = Ensemble([Z, Ensemble([Refusing(HIDDEN, WEIGHT), Z])])
+    assert kd_loss(Z, mixture).isfinite()
+    with pytest.raises(ValueError, match="not under reverse KL"):
+        kd_loss(Z, mixture, divergence="reverse_kl")
+
+
 def test_one_position_alone(backend):
     """(V,) logits: no leading shape, and parts of it."""
     student, teacher, label = Z[0], Z[1], torch.tensor(2, device=DEVICE)

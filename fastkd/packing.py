@@ -28,11 +28,12 @@ class Packed:
 
 
 class Parcel(NamedTuple):
-    """A packed object."""
+    """A packed object. Its numbers and tensors, in the order of the fields, are apart from the
+    string, so that torch.compile may trace them."""
 
     spec: str  # how to put it together
-    numbers: list[float]  # in the order of the fields; not in the string, so that torch.compile
-    tensors: list[Tensor]  # may trace them
+    numbers: list[float]
+    tensors: list[Tensor]
 
 
 def pack(x: Any) -> Parcel:

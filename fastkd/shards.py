@@ -76,8 +76,8 @@ def shard(group: str, known: Tensor, vocab: str | int) -> tuple[Shard, int]:
     else:
         column = 0 if vocab == "strict" else 1
         n, whole = None, known[:, column].sum()
-    run = (functools.partial(f, group=group) for f in (gather, total))
-    return Shard(next(run), known[:rank, 0].sum(), whole, next(run)), n
+    meet, add = functools.partial(gather, group=group), functools.partial(total, group=group)
+    return Shard(meet, first=known[:rank, 0].sum(), n=whole, total=add), n
 
 
 def widest(known: Tensor) -> tuple[int, int]:

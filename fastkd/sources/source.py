@@ -28,13 +28,14 @@ The operator calls a reader in this order:
     for each chunk of rows low … high:
         logits = reader.logits(low, high)            valid until the next chunk
         grad = reader.grad_of(logits, low, high)     a student: where the gradient goes
-        reader.take(grad, low, high, counts)         a student: pass it on, or
-        reader.skip(low, high)                       no row of the chunk counts
+        reader.take(grad, low, high, counts)         a student: pass it on
+        (or reader.skip(low, high) alone, where no row of the chunk counts)
     reader.finish()                                  a student: the gradients of its tensors
 
-Under autocast, readers run without it: `source.dtype` says which type it would have given. Over
-vocabulary shards a source holds this rank's columns, and `ask.shard` says which they are. See
-dense.py for the simplest student, topk.py for a sparse teacher, ensemble.py for one of several.
+A reader is made under the caller's autocast, where `source.dtype` says which type that gives, and
+works without it. Over vocabulary shards a source holds this rank's columns, and `ask.shard` says
+which they are. See dense.py for the simplest student, topk.py for a sparse teacher, ensemble.py for
+one of several.
 """
 
 from __future__ import annotations

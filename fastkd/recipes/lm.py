@@ -3,6 +3,7 @@ makes them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
@@ -13,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.recipes.recipe import Batch, Outputs
 from fastkd.sources import LMHead
 
 # What configurations call the factor of the head's product, or its inverse, and the softcap.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+AUXILIARY = ("router_aux_loss_coef", "aux_loss_coef")  # factors of a model's auxiliary loss
 PROBE_TOKENS = 8
 # Wrappers of which the head is not seen: compiled, sharded, copied to other devices.
 WHOLE = ("OptimizedModule", "FullyShardedDataParallel", "DataParallel")
+TEACHERS_PREFIX = "teacher_"  # of a teacher that reads another prompt
 LABELS = ("labels", "shift_labels")  # with these a model computes its own loss
 
 # Of each causal LM: what the answer rests on, objects and numbers; the answer of `_probe`.
@@ -45,6 +49,71 @@ class Head(NamedTuple):
         if not torch.is_grad_enabled():
             factors = [x if x is None else x.detach() for x in factors]
         return LMHead(*factors, softcap=self.softcap, scale=self.scale)
+
+
+class LM:
+    """A language model as a student, or a teacher: a batch in, `Outputs` out.
+
+    Args:
+        model: a language model with a head, wrapped or not (DDP, FSDP, peft, torch.compile). Modes
+            are not changed: call `model.eval()` on a teacher. Called without a cache, with which
+            the position ids of packed documents would be ignored, and without labels.
+        logits: "auto": made from the hidden states a chunk at a time, where the head alone makes
+            them and that takes less memory; "whole": the model's own, as one tensor. See `chunks`.
+
+    Raises:
+        ValueError: `logits` is neither "auto" nor "whole".
+    """
+
+    def __init__(self, model: nn.Module, logits: str = "auto"):
+        if logits not in ("auto", "whole"):
+            raise ValueError(f"logits must be 'auto' or 'whole', got {logits!r}")
+        self.model, self.logits = model, logits
+
+    def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
+        head = None
+        if self.logits == "auto":
+            head = find_head(self.model)
+            head = head if head is not None and chunks(head, batch) else None
+        inputs = _inputs(self.model, batch)
+        if hidden_states:
+            inputs["output_hidden_states"] = True
+        logits, output = run(self.model, head, inputs)
+        states = getattr(output, "hidden_states", None)
+        return Outputs(logits, states, _auxiliary(self.model, output))
+
+
+def chunks(head: Head, batch: Batch) -> bool:
+    """Whether a batch's logits are better made in chunks.
+
+    Whole, they and their gradient take T V numbers on each side. In chunks a head that is trained
+    needs its gradient, V H numbers, before the backward pass frees the activations: more, at few
+    tokens. Measured on whole steps the two meet near T = H. A frozen head has no gradient.
+    """
+    tokens = batch["input_ids"].numel()
+    return tokens > head.linear.in_features or not head.linear.weight.requires_grad
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position i of a model's logits predicts label i + 1: of causal language models, and
+    not of encoder-decoders and masked ones."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    owner = causal_lm(model)
+    if owner is None:
+        return True
+    masked = type(owner).__name__ in MASKED.values()
+    return not (masked or getattr(owner.config, "is_encoder_decoder", False))
+
+
+@torch.no_grad()
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether a later token changes an earlier position's logits: of a model whose labels are
+    shifted, every label would be in view (BERT opened as a causal model, `is_decoder` unset).
+
+    Found by trial: two forward passes of 4 tokens, in evaluation mode; modes are left as they were.
+    """
+    raise NotImplementedError
 
 
 def causal_lm(model: nn.Module) -> nn.Module | None:
@@ -115,7 +184,8 @@ def _probe(
             return seen[-1]
 
         with _forward_of(linear, forward):
-            own = _logits(model(input_ids=ids, use_cache=False))
+            cache = {"use_cache": False} if _takes_use_cache(model) else {}
+            own = _logits(model(input_ids=ids, **cache))
         return seen, own
 
     modes = {module: module.training for module in model.modules()}
@@ -164,7 +234,16 @@ def _numbers(model: Any, names: tuple[str, ...]) -> list[float]:
 
 
 def logits_of(model: nn.Module, head: Head | None, batch: Mapping[str, Any]) -> Tensor | LMHead:
-    """A causal LM's logits for `kd_loss`: as `LMHead`, where `head` is what `find_head` found.
+    """A causal LM's logits for `kd_loss`: as `LMHead`, where `head` is what `find_head` found; see
+    `run`."""
+    return run(model, head, batch)[0]
+
+
+def run(
+    model: nn.Module, head: Head | None, batch: Mapping[str, Any]
+) -> tuple[Tensor | LMHead, Any]:
+    """The logits for `kd_loss`, as `LMHead` where `head` is what `find_head` found; and all that
+    the model returned, where the hidden state may stand for the logits.
 
     The forward pass is the model's own, or that of its wrapper, but for its last product: the
     hidden state that the head is given is returned instead of logits. So it takes the wrapper's
@@ -175,9 +254,12 @@ def logits_of(model: nn.Module, head: Head | None, batch: Mapping[str, Any]) -> 
             position ids of packed documents), and without labels.
         batch: the model's keyword arguments.
     """
-    inputs = {name: x for name, x in batch.items() if name not in LABELS} | {"use_cache": False}
+    inputs = {name: x for name, x in batch.items() if name not in LABELS}
+    if _takes_use_cache(model):
+        inputs["use_cache"] = False
     if head is None or not _returns_logits.get(model, True):
-        return _logits(model(**inputs))
+        output = model(**inputs)
+        return _logits(output), output
     linear, seen, types = head.linear, [], []
     own_forward = head.model.forward
 
@@ -200,15 +282,23 @@ def logits_of(model: nn.Module, head: Head | None, batch: Mapping[str, Any]) -> 
         return output
 
     with _forward_of(linear, head_forward), _forward_of(head.model, forward):
-        hidden = _logits(model(**inputs))
+        output = model(**inputs)
+    hidden = _logits(output)
     if model is not head.model and model not in _returns_logits:
         _returns_logits[model] = _equal(hidden, *seen)
         if not _returns_logits[model]:
-            return _logits(model(**inputs))
+            output = model(**inputs)
+            return _logits(output), output
     (dtype,) = types
     # Where autocast ended with the forward pass, the product is still in its type.
     under_autocast = torch.is_autocast_enabled(hidden.device.type)
-    return head.source(hidden.to(seen[0].dtype), None if under_autocast else dtype)
+    return head.source(hidden.to(seen[0].dtype), None if under_autocast else dtype), output
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether the language model inside knows the word: some without a cache refuse it."""
+    known = inspect.signature(type(causal_lm(model) or model).forward).parameters.values()
+    return any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
 
 
 class _Tied(torch.autograd.Function):
@@ -258,3 +348,19 @@ def _agree(product: Tensor, own: Tensor, softcap: float | None, scale: float) ->
         return False
     error, largest = (logits - own.float()).abs().max(), own.abs().max()
     return bool(error < 8 * torch.finfo(own.dtype).eps * largest)
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The model's own keyword arguments of a batch."""
+    return {k: x for k, x in batch.items() if k not in LABELS and not k.startswith(TEACHERS_PREFIX)}
+
+
+def _auxiliary(model: nn.Module, output: Any) -> Tensor | None:
+    """What the model would add to its own loss, with its own factor."""
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    owner = causal_lm(model) or model
+    places = owner, owner.config, owner.config.get_text_config()
+    found = (getattr(place, name, None) for place in places for name in AUXILIARY)
+    return next(x for x in found if x is not None) * loss

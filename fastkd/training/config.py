@@ -12,10 +12,7 @@ import yaml
 
 from fastkd import divergences
 from fastkd.divergences import Divergence
-
-
-class InputError(ValueError):
-    """What the user asked for cannot work; raised before any training, and says what would."""
+from fastkd.training.errors import InputError
 
 
 def _flag(default: Any, text: str) -> Any:

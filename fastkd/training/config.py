@@ -1,235 +1,197 @@
-"""All that `fastkd distill` can be told: fields here are its flags and the keys of `--config`."""
+"""From flags and a `--config` file to the settings of a run.
+
+The settings are those of settings.py and all of transformers' `TrainingArguments`, under their own
+names.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from dataclasses import dataclass, field
+import difflib
+import json
+from argparse import Action
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
-from fastkd import divergences
-from fastkd.divergences import Divergence
-from fastkd.training.errors import InputError
+from fastkd.training.errors import InputError, one_line
+from fastkd.training.settings import (
+    DEFAULTS,
+    GROUPS,
+    SHORT,
+    DataSettings,
+    LossSettings,
+    ModelSettings,
+    RunSettings,
+)
+
+# Of `TrainingArguments`: what is this process's own, or a secret.
+UNSAVED = ("local_rank", "hub_token", "do_train", "do_eval", "do_predict")
+OPTIMIZERS = {"adamw": "adamw_torch"}
+STRATEGIES = {"eval_steps": "eval_strategy", "save_steps": "save_strategy"}
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class Config(NamedTuple):
+    """The settings of one run."""
 
+    models: ModelSettings
+    data: DataSettings
+    loss: LossSettings
+    run: RunSettings
+    training: TrainingArguments
 
-def _list_flag(text: str) -> Any:
-    return field(default_factory=list, metadata={"help": text})
-
-
-@dataclass
-class DistillConfig:
-    """The settings of one run. `fastkd distill --help` prints them."""
-
-    student: str | None = _flag(None, "Model to train: a folder or a hub name.")
-    teacher: str | None = _flag(
-        None, "Model to learn from, with the student's tokenizer. Optional when alpha is 0."
-    )
-    data: str | None = _flag(
-        None,
-        "JSONL, JSON, parquet, CSV or text file, a folder of these, or a hub dataset. Columns:"
-        " text | prompt + completion (or response) | messages |"
-        " instruction (+ input) + output | input_ids (+ labels).",
-    )
-    output: str | None = _flag(None, "Folder for the model, the log and the checkpoints.")
-    overwrite: bool = _flag(
-        False, "Write into an output folder that already holds a finished model."
-    )
-    eval_data: str | None = _flag(None, "Held-out data, in any of the formats of --data.")
-    eval_fraction: float = _flag(
-        0.02, "Part of --data held out when there is no --eval_data; 0: no evaluation."
-    )
-    data_split: str = _flag("train", "Split of a hub dataset.")
-    data_name: str | None = _flag(None, "Configuration of a hub dataset.")
-    max_length: int = _flag(1024, "Tokens per sequence; longer ones are cut.")
-    packing: bool = _flag(True, "Pack the documents of `text` data into sequences of max_length.")
-
-    divergence: str = _flag("forward_kl", "One of: " + ", ".join(sorted(divergences.known())) + ".")
-    divergence_args: list[str] = _list_flag(
-        "The divergence's numbers, as in: --divergence_args teacher_weight=0.3"
-    )
-    temperature: float = _flag(
-        1.0, "Divides both sides' logits in the divergence (not in the cross-entropy)."
-    )
-    alpha: float = _flag(1.0, "loss = alpha * T^2 * divergence + (1 - alpha) * cross-entropy.")
-
-    max_steps: int | None = _flag(None, "Optimizer steps; default: what the epochs come to.")
-    epochs: float = _flag(1.0, "Passes over the data, unless max_steps is given.")
-    batch_size: int = _flag(4, "Sequences per device and micro-batch.")
-    gradient_accumulation_steps: int = _flag(
-        1, "Micro-batches per optimizer step, weighted by their target tokens."
-    )
-    learning_rate: float = _flag(1e-4, "Peak learning rate.")
-    optimizer: str = _flag("AdamW", "Name of a torch.optim class, or Adafactor (transformers').")
-    optimizer_args: list[str] = _list_flag(
-        "The optimizer's other arguments, as in: --optimizer_args betas=[0.9,0.95]"
-    )
-    weight_decay: float = _flag(0.0, "Weight decay of matrices; norms and biases have none.")
-    scheduler: str = _flag(
-        "cosine", "Learning-rate schedule by transformers' name: linear, cosine, constant, …"
-    )
-    scheduler_args: list[str] = _list_flag(
-        "The schedule's other arguments, as in: --scheduler_args num_cycles=2"
-    )
-    warmup_ratio: float = _flag(0.03, "Part of the steps in which the learning rate rises.")
-    max_grad_norm: float = _flag(1.0, "Gradients are scaled down to this norm; 0: never.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _flag(
-        "no", "Autocast of both models' forward passes."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
-        "auto", "Type of the teacher's weights."
-    )
-    student_dtype: Literal["auto", "float32", "bfloat16"] = _flag(
-        "float32", "Type of the student's weights."
-    )
-    gradient_checkpointing: bool = _flag(
-        False, "Recompute the student's activations: less memory, more time."
-    )
-    logits: Literal["auto", "whole"] = _flag(
-        "auto",
-        "auto: under a teacher, made from hidden states a chunk of tokens at a time, where the"
-        " model's head allows; whole: as one tensor.",
-    )
-    attn_implementation: str | None = _flag(
-        None, "transformers' name: sdpa, eager, flash_attention_2, …"
-    )
-    lora_r: int = _flag(
-        0, "Train rank-r adapters on the student's linear layers only (needs peft); 0: all weights."
-    )
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the models.")
-    seed: int = _flag(0, "Seeds the order of the data and dropout.")
-
-    logging_steps: int = _flag(10, "Steps between lines of the log.")
-    eval_steps: int = _flag(500, "Steps between evaluations; 0: only at the end.")
-    save_steps: int = _flag(500, "Steps between checkpoints; 0: none.")
-    save_total_limit: int | None = _flag(None, "Keep only this many checkpoints, the newest.")
-    resume_from_checkpoint: str | None = _flag(
-        None, "A checkpoint folder, or `last` for the newest one in --output."
-    )
-
-    def build_divergence(self) -> Divergence:
-        """The divergence with its numbers.
-
-        Raises:
-            InputError: unknown name, or numbers it does not take.
-        """
-        known = divergences.known()
-        if self.divergence not in known:
-            raise InputError(
-                f"unknown divergence {self.divergence!r}; known: {', '.join(sorted(known))}"
-            )
-        numbers = parse_pairs(self.divergence_args, "divergence_args")
-        fields = [f.name for f in dataclasses.fields(known[self.divergence])]
-        unknown = sorted(set(numbers) - set(fields))
-        if unknown:
-            takes = ", ".join(fields) or "no numbers"
-            raise InputError(
-                f"{self.divergence} has no {', '.join(unknown)} (divergence_args); it takes {takes}"
-            )
-        try:
-            return known[self.divergence](**numbers)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.divergence} with divergence_args {numbers}: {error}"
-            ) from error
-
-    def check(self) -> None:
-        """Raise `InputError` for whatever can be seen to be wrong without opening a file."""
-        for name in ("student", "data", "output"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is missing")
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"alpha must be in [0, 1], got {self.alpha}")
-        if self.teacher is None and self.alpha > 0:
-            raise InputError(
-                f"--teacher is missing; only alpha 0 needs none, and alpha is {self.alpha}"
-            )
-        for name in (
-            "temperature",
-            "max_length",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-        ):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (
-            "learning_rate",
-            "eval_steps",
-            "save_steps",
-            "max_grad_norm",
-            "lora_r",
-            "weight_decay",
-        ):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("eval_fraction", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if (self.max_steps if self.max_steps is not None else self.epochs) <= 0:
-            raise InputError(
-                f"nothing to train: max_steps is {self.max_steps}, epochs is {self.epochs}"
-            )
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise InputError(f"save_total_limit must be at least 1, got {self.save_total_limit}")
-        self.build_divergence()
+    def as_dict(self) -> dict[str, Any]:
+        """All settings by name, as plain values that a `--config` file may hold."""
+        training = json.loads(self.training.to_json_string())
+        known = {f.name for f in dataclasses.fields(TrainingArguments)} - set(UNSAVED)
+        settings = {k: x for part in self[:-1] for k, x in dataclasses.asdict(part).items()}
+        return settings | {k: x for k, x in training.items() if k in known}
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML that `--config` reads."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        """Write what differs from the defaults, as a `--config` file."""
+        usual = parse([f"--output_dir={self.training.output_dir}"]).as_dict()
+        changed = {k: x for k, x in self.as_dict().items() if k == "output_dir" or x != usual[k]}
+        text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
-def parse_pairs(pairs: list[str], name: str) -> dict[str, Any]:
-    """["a=0.3", "b=[1, 2]"] as {"a": 0.3, "b": [1, 2]}; the values are YAML.
+class Parser(HfArgumentParser):
+    """One whose errors are `InputError`s."""
 
-    Raises:
-        InputError: an entry that is not `name=value`.
-    """
-    values = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals and value):
-            raise InputError(f"{name} takes name=value, got {pair!r}")
-        value = yaml.safe_load(value)
-        with contextlib.suppress(ValueError):  # YAML wants a dot in 1.0e-4; people do not
-            value = float(value) if isinstance(value, str) else value
-        values[key] = value
-    return values
+    def error(self, message: str):
+        raise InputError(f"{message}; `fastkd distill --help` lists the settings")
 
 
-def flags_from_yaml(path: str) -> list[str]:
-    """A YAML mapping as the command line that means the same, so that real flags can come after it.
+def parse(argv: list[str]) -> Config:
+    """The settings that flags name, over those of a `--config` file, over the defaults.
+
+    A flag that takes several values takes them at once or one at a time; any other is given once.
 
     Raises:
-        InputError: no such file, not a mapping, or keys that are no settings.
+        InputError: unknown flags or keys, one given twice, values that cannot be, a file that
+            cannot be read.
     """
+    parser = Parser([*GROUPS, TrainingArguments], prog="fastkd distill", allow_abbrev=False)
+    # In reverse: of `packing` and `no_packing`, the first is meant.
+    known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    flags = _flags(argv, known)
+    settings = {name: _texts(value) for name, value in DEFAULTS.items()}
+    if "config" in flags:
+        settings |= _file(flags.pop("config")[0], known)
+    settings |= flags
+    _meanings(settings)
+    tokens = []
+    for name, values in settings.items():
+        single = len(values) == 1
+        tokens += [f"--{name}={values[0]}"] if single else [f"--{name}", *values]
+    try:
+        parts = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(one_line(error)) from error
+    config = Config(*parts)
+    trackers = [name for text in config.training.report_to for name in text.split(",")]
+    config.training.report_to = trackers
+    return config
+
+
+def _flags(argv: list[str], known: dict[str, Action]) -> dict[str, list[str]]:
+    """Name -> values, of the tokens of a command line."""
+    flags: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--") and len(token) > 2:
+            flag, equals, value = token[2:].partition("=")
+            name = _name(flag, known)
+            if name.startswith("no_") and name not in known:
+                name, equals, value = name[3:], "=", "false"
+            if name in flags and not _takes_several(name, known):
+                raise InputError(f"--{flag} is given twice")
+            flags.setdefault(name, []).extend([value] if equals else [])
+        elif name is None:
+            raise InputError(f"expected a --setting, got {token!r}")
+        else:
+            flags[name].append(token)
+    for name, values in flags.items():
+        several = _takes_several(name, known)
+        if len(values) > 1 and not several:
+            raise InputError(f"--{name} takes one value, got {' '.join(values)}")
+        if not values and not (name in known and known[name].nargs == "?"):
+            raise InputError(f"--{name} needs a value")
+    return flags
+
+
+def _name(flag: str, known: dict[str, Action]) -> str:
+    """The setting that a flag or key means."""
+    name = flag.replace("-", "_")
+    name = SHORT.get(name, name)
+    positive = name.removeprefix("no_")
+    if name in known or name in ("config", "mixed_precision"):
+        return name
+    if positive in known and known[positive].nargs == "?":
+        return name
+    close = difflib.get_close_matches(name, [*known, *SHORT], 1)
+    hint = f"did you mean --{close[0]}?" if close else "`fastkd distill --help` lists the settings"
+    raise InputError(f"unknown: --{flag}; {hint}")
+
+
+def _takes_several(name: str, known: dict[str, Action]) -> bool:
+    return name == "report_to" or (name in known and known[name].nargs in ("+", "*"))
+
+
+def _file(path: str, known: dict[str, Action]) -> dict[str, list[str]]:
+    """Name -> values, of a YAML file."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path} cannot be read: {one_line(error)}") from error
     if not isinstance(settings, dict):
-        raise InputError(
-            f"--config {path} must hold `name: value` lines, got {type(settings).__name__}"
-        )
-    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
-    known = [f.name for f in dataclasses.fields(DistillConfig)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise InputError(
-            f"--config {path} has unknown keys: {', '.join(unknown)}; known: {', '.join(known)}"
-        )
-    flags = []
+        kind = type(settings).__name__
+        raise InputError(f"--config {path} must hold `name: value` lines, got {kind}")
+    found = {}
     for key, value in settings.items():
-        if isinstance(value, dict):
+        try:
+            name = _name(str(key), known)
+        except InputError as error:
+            raise InputError(
+                f"--config {path}: {error}".replace("--" + str(key), str(key))
+            ) from error
+        if name in found:
+            raise InputError(f"--config {path}: {key} is given twice")
+        if isinstance(value, dict) and name.endswith("_args"):
             value = [f"{k}={v}" for k, v in value.items()]
-        if value is None or value == []:
-            continue
-        # `--key=value` keeps negative numbers from looking like flags; lists have no such form.
-        flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return flags
+        if value is not None and value != []:
+            found[name] = _texts(value)
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    """As the values of a flag."""
+    if isinstance(value, list | tuple):
+        return [text for x in value for text in _texts(x)]
+    if isinstance(value, bool | dict):
+        return [json.dumps(value)]
+    return [str(value)]
+
+
+def _meanings(settings: dict[str, list[str]]) -> None:
+    """What our own words come to in those of `TrainingArguments`."""
+    (precision,) = settings.pop("mixed_precision", ["no"])
+    if precision not in ("no", "bf16", "fp16"):
+        raise InputError(f"mixed_precision must be no, bf16 or fp16, got {precision}")
+    if precision != "no":
+        settings[precision] = ["true"]
+    if "optim" in settings:
+        word = settings["optim"][0].lower()
+        settings["optim"] = [OPTIMIZERS.get(word, word)]
+    if "report_to" in settings:
+        settings["report_to"] = [",".join(settings["report_to"])]
+    for steps, strategy in STRATEGIES.items():
+        with contextlib.suppress(ValueError, KeyError, IndexError):
+            if float(settings[steps][0]) == 0:
+                settings[strategy] = ["no"]
+                settings.pop(steps)

@@ -1,116 +1,250 @@
-"""What a run writes: log, checkpoints and model. Nothing appears half-written."""
+"""The output folder of a run: only what fastkd wrote there is ever replaced or deleted, and nothing
+appears half-written.
+
+`fastkd.json` in it is the record: which run, which files are its own. A checkpoint is written
+beside its place and moved there when it is complete; it has a record too, with the size of every
+file, the settings and the data, so that a torn or foreign one is not taken for it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+from fastkd.training.errors import InputError, one_line
 
-from fastkd.training.config import InputError
-
-
-class Log:
-    """`log.jsonl`, shown above the progress bar too; a resumed run drops what comes after it."""
-
-    def __init__(self, path: Path, done: int, bar: tqdm):
-        self.path, self.bar, self.rows = path, bar, []
-        if done and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= done]
-        if not bar.disable:
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-
-    def write(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
-        if not self.bar.disable:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            text = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-            self.bar.write(f"step {row['step']:>6}  {text}")
+RECORD = "fastkd.json"
+PARTIAL = ".fastkd.partial"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# With these beside it, a model of another run would be taken for an adapter, or one for a model.
+CHANGES_MEANING = ("adapter_config.json", "config.json")
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest last."""
+class Folder:
+    """The output folder of one run; on the process that writes.
+
+    Attributes:
+        path: the folder.
+        run: the run's own name; a run that goes on keeps it.
+    """
+
+    def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False):
+        """Look whether the run may write there; changes nothing.
+
+        Raises:
+            InputError: it is a file, not writable, or holds what it may not touch.
+        """
+        self.path = Path(path)
+        self._check_place()
+        self.record = read_record(self.path)
+        self.run = self.record["run"] if self.record and resume else uuid.uuid4().hex
+        self.goes_on = bool(self.record) and resume
+        own = self._own_files()
+        others = [name for name in _files(self.path) if name not in own]
+        if self.goes_on:
+            return
+        if own and not overwrite:
+            raise InputError(
+                f"{self.path} holds an earlier run: --resume goes on with it, --overwrite replaces"
+                " it"
+            )
+        if others and not overwrite:
+            raise InputError(
+                f"{self.path} is not empty ({_some(others)}): name another --output, or pass"
+                " --overwrite, which leaves what fastkd did not write"
+            )
+        clashes = [name for name in others if _would_clash(name)]
+        if clashes:
+            raise InputError(
+                f"{self.path} holds {_some(clashes)}, which fastkd did not write and would have to"
+                " replace: name another --output"
+            )
+
+    def _check_place(self) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--output {path} is a file")
+        above = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not above.is_dir():
+            raise InputError(f"--output {path}: {above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"--output {path}: cannot write to {above}")
+
+    def _own_files(self) -> set[str]:
+        """Of the recorded run, relative to the folder."""
+        if not self.record:
+            return set()
+        own = {RECORD, *self.record["files"]}
+        own |= {name for name in _files(self.path) if name.split("/")[0] == PARTIAL}
+        for checkpoint in self._checkpoints(self.record["run"]):
+            made = read_record(checkpoint)["sizes"]
+            own |= {f"{checkpoint.name}/{name}" for name in (RECORD, *made)}
+        return own
+
+    def begin(self) -> None:
+        """Make the folder this run's: what an earlier one wrote is removed, all else stays."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.goes_on:
+            shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+            return
+        for name in sorted(self._own_files() - {RECORD}):
+            (self.path / name).unlink(missing_ok=True)
+        folders = (p for p in self.path.rglob("*") if p.is_dir() and _is_own_name(p, self.path))
+        for folder in sorted(folders, reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        self.record = {"run": self.run, "files": []}
+        self._write_record()
+
+    def _write_record(self) -> None:
+        write(self.path / RECORD, json.dumps(self.record, indent=1))
+
+    def own(self, name: str) -> Path:
+        """Where to write a file of this name; it is this run's from now on."""
+        if name not in self.record["files"]:
+            self.record["files"].append(name)
+            self._write_record()
+        return self.path / name
+
+    def text(self, name: str, text: str) -> None:
+        """Write a file of this run, whole or not at all."""
+        write(self.own(name), text)
+
+    def fill(self, make: Callable[[Path], None]) -> None:
+        """Move what `make` writes into a folder to the output folder: a model."""
+        made = self.path / PARTIAL / "model"
+        shutil.rmtree(made, ignore_errors=True)
+        make(made)
+        # What marks a model comes last: without it there is none.
+        names = sorted(_files(made), key=lambda name: (name in CHANGES_MEANING, name))
+        for name in names:
+            target = self.own(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (made / name).replace(target)
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+    # Checkpoints
+
+    @property
+    def partial(self) -> Path:
+        """Where a checkpoint is written before it is complete."""
+        return self.path / PARTIAL
+
+    def keep(self, step: int, about: dict[str, Any], limit: int | None, best: str | None) -> None:
+        """Put the checkpoint that was written to `partial` in its place; drop the oldest ones over
+        the limit, never the best.
+
+        Args:
+            about: what a run that goes on from it must agree with.
+        """
+        name = f"checkpoint-{step}"
+        made, target = self.partial / name, self.path / name
+        sizes = {file: (made / file).stat().st_size for file in _files(made)}
+        record = {"run": self.run, "step": step, "sizes": sizes} | about
+        write(made / RECORD, json.dumps(record, indent=1))
+        if target.exists():
+            if not self._is_own(target):
+                raise FileExistsError(
+                    f"{target} is not this run's: checkpoint {step} stays in {made}"
+                )
+            shutil.rmtree(target)
+        made.rename(target)
+        kept = [p for p in self._checkpoints(self.run) if best is None or p.name != Path(best).name]
+        spare = 0 if best is None or Path(best).name == name else 1
+        if limit:
+            for old in kept[: max(0, len(kept) + spare - max(limit, 1 + spare))]:
+                shutil.rmtree(old)
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        return checkpoint in self._checkpoints(self.run)
+
+    def _checkpoints(self, run: str) -> list[Path]:
+        """Those of a run, complete or not, the newest last."""
+        found = []
+        for path in self.path.glob("checkpoint-*"):
+            record = read_record(path) if CHECKPOINT.fullmatch(path.name) else None
+            if record and record["run"] == run and path.name == f"checkpoint-{record['step']}":
+                found.append((record["step"], path))
+        return [path for _, path in sorted(found)]
+
+    def newest(self) -> Path | None:
+        """This run's newest complete checkpoint."""
+        complete = [path for path in self._checkpoints(self.run) if is_complete(path)]
+        return complete[-1] if complete else None
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a run's folder, or of a checkpoint; None where there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    needed = {"run", "step", "sizes"} if CHECKPOINT.fullmatch(folder.name) else {"run", "files"}
+    return record if isinstance(record, dict) and needed <= record.keys() else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is there, in its size."""
+    record = read_record(checkpoint)
+    if record is None:
+        return False
+    files = {name: checkpoint / name for name in record["sizes"]}
+    return all(f.is_file() and f.stat().st_size == record["sizes"][n] for n, f in files.items())
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there as a whole, or as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file in a folder, relative to it. Empty folders are nothing."""
+    if not folder.is_dir():
+        return []
     return sorted(
-        output.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.partition("-")[2])
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or p.is_file()
     )
 
 
-def checkpoint_to_resume(name: str | None, output: Path) -> Path | None:
-    """The checkpoint that a name means, `last` being the newest one in `output`.
-
-    Raises:
-        InputError: there is none.
-    """
-    if name is None:
-        return None
-    if name == "last":
-        if not (found := _checkpoints(output)):
-            raise InputError(f"{output} has no checkpoint to resume from")
-        return found[-1]
-    if not (Path(name) / "progress.json").exists():
-        raise InputError(f"{name} is no checkpoint of fastkd")
-    return Path(name)
-
-
-def resume(accelerator: Accelerator, checkpoint: Path, order: dict[str, int]) -> int:
-    """Restore weights, optimizer, schedule and random state; return the steps done.
-
-    Raises:
-        InputError: `order`, what decides the rows of each step, is not what it was.
-    """
-    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-    if progress["order"] != order:
-        raise InputError(
-            f"{checkpoint} was written with {progress['order']}, and cannot go on with {order}"
-        )
-    accelerator.load_state(str(checkpoint))
-    return progress["step"]
+def _would_clash(name: str) -> bool:
+    """Whether a run would write a file of this name, or would be misread with it beside."""
+    top = name.split("/")[0]
+    if "/" in name:
+        return bool(CHECKPOINT.fullmatch(top))
+    return name.startswith(("model.", "model-", "adapter_", "tokenizer", "log.jsonl")) or name in (
+        *CHANGES_MEANING,
+        "generation_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "fastkd.yaml",
+        "curves.png",
+        RECORD,
+    )
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output: Path,
-    step: int,
-    student: Any,
-    tokenizer: Any,
-    order: dict[str, int],
-    limit: int | None,
-) -> None:
-    """Write `checkpoint-<step>`, loadable as a model too; drop all but the `limit` newest."""
-    partial = output / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        student.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "progress.json").write_text(
-            json.dumps({"step": step, "order": order}), encoding="utf-8"
-        )
-        shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
-        partial.rename(output / f"checkpoint-{step}")
-        for old in _checkpoints(output)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def _is_own_name(path: Path, folder: Path) -> bool:
+    top = path.relative_to(folder).parts[0]
+    return top == PARTIAL or bool(CHECKPOINT.fullmatch(top))
 
 
-def save_model(output: Path, student: Any, tokenizer: Any) -> None:
-    """Write the student and its tokenizer for `from_pretrained`."""
-    partial = output / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    student.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    for stale in output.glob("*.safetensors*"):
-        stale.unlink()
-    for file in sorted(
-        partial.iterdir(), key=lambda file: file.name == "config.json"
-    ):  # what marks a model, last
-        file.replace(output / file.name)
-    partial.rmdir()
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` where a file of this name could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {one_line(error)}") from error

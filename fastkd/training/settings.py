@@ -169,3 +169,55 @@ class RunSettings:
 
 
 GROUPS = (ModelSettings, DataSettings, LossSettings, RunSettings)
+
+# Short names of settings of `TrainingArguments`.
+SHORT = {
+    "output": "output_dir",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+}
+# Where our defaults are not those of `TrainingArguments`.
+DEFAULTS = {
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1.0,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "eval_on_start": True,
+    "save_steps": 500,
+    "report_to": "none",
+    "seed": 0,
+}
+# What `--help` says of `TrainingArguments`; all the others are taken as well.
+TRAINING = {
+    "output_dir": "Folder for the model, the log and the checkpoints (--output).",
+    "max_steps": "Optimizer steps; default: what the epochs come to.",
+    "num_train_epochs": "Passes over the data, unless max_steps is given (--epochs).",
+    "per_device_train_batch_size": "Sequences per device and micro-batch (--batch_size).",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step, weighted by their tokens.",
+    "learning_rate": "Peak learning rate.",
+    "lr_scheduler_type": "linear, cosine, constant, … (--scheduler).",
+    "warmup_steps": "Steps in which the learning rate rises; below 1: that part of all steps.",
+    "optim": "adamw_torch, sgd, adafactor, … (--optimizer).",
+    "weight_decay": "Weight decay of matrices; norms and biases have none.",
+    "max_grad_norm": "Gradients are scaled down to this norm; 0: never.",
+    "bf16": "Autocast of both models' forward passes; --fp16 on GPUs without bf16.",
+    "gradient_checkpointing": "Recompute the student's activations: less memory, more time.",
+    "seed": "Seeds the order of the data and dropout.",
+    "logging_steps": "Steps between lines of the log; the first step has one too.",
+    "eval_steps": "Steps between evaluations, beside one before the first step and one at the"
+    " end; 0: only these.",
+    "save_steps": "Steps between checkpoints; 0: none.",
+    "save_total_limit": "Keep only this many checkpoints, the newest (and the best).",
+    "load_best_model_at_end": "Keep the model of the best evaluation, not the last one.",
+    "resume_from_checkpoint": "A checkpoint folder; `last`: as --resume, but one must be there.",
+    "report_to": "tensorboard, wandb, …; several are separated by commas.",
+}

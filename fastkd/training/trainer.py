@@ -1,0 +1,190 @@
+"""Hugging Face's Trainer with our loss, in an output folder that can be trusted: checkpoints that
+are complete, weights that are finite, a log that goes on where its run does, Ctrl-C that saves."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import ProgressCallback, TrainerCallback
+
+from fastkd.integrations.transformers import DistillationTrainer
+from fastkd.training.outputs import Folder
+
+NAMES = {"learning_rate": "lr"}  # in our log
+SUMMARY = "train_runtime"  # Trainer's last line: totals, no point of the curve
+COLUMNS = ("loss", "kd", "ce", "top1_agreement", "lr")  # of a line on the screen
+AGREE_EVERY = 10  # steps after which processes ask each other whether to stop or save
+
+
+class FolderTrainer(DistillationTrainer):
+    """A `DistillationTrainer` whose checkpoints are a `Folder`'s.
+
+    Args:
+        folder: begun.
+        about: what a run that goes on must agree with; saved in every checkpoint.
+    """
+
+    def __init__(self, *args, folder: Folder, about: dict[str, Any], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.folder, self.about = folder, about
+        self._writes_to: str | None = None
+        self._not_finite_since = torch.tensor(math.inf, device=self.args.device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        now = torch.where(loss.isfinite(), math.inf, float(self.state.global_step + 1))
+        self._not_finite_since = torch.minimum(self._not_finite_since, now)
+        return loss
+
+    def _get_output_dir(self, trial):
+        return self._writes_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        self.check_finite()
+        step, best = self.state.global_step, self.state.best_global_step
+        if best:
+            self.state.best_model_checkpoint = str(self.folder.path / f"checkpoint-{best}")
+        self._writes_to = str(self.folder.partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writes_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            # Trainer's own settings, as a pickle that nothing reads.
+            (self.folder.partial / f"checkpoint-{step}" / "training_args.bin").unlink(True)
+            self.folder.keep(
+                step, self.about, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raise `FloatingPointError` where loss or weights are not finite any more; on all
+        processes alike."""
+        since = self._not_finite_since
+        if math.isinf(since) and not all(
+            p.isfinite().all() for p in self.model.parameters() if p.requires_grad
+        ):
+            since = torch.full_like(since, self.state.global_step)
+        if dist.is_initialized():
+            dist.all_reduce(since, dist.ReduceOp.MIN)
+        if math.isinf(since):
+            return
+        kept = self.folder.newest()
+        last = f"the last finite checkpoint is {kept}" if kept else "no checkpoint was saved before"
+        raise FloatingPointError(
+            f"loss or weights are no longer finite since step {int(since)}: {last}; try a lower"
+            " --learning_rate, or bf16 in place of fp16"
+        )
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C, and checkpoints by the clock. The first Ctrl-C ends the step and saves, the second
+    ends the program."""
+
+    def __init__(self, save_minutes: float):
+        self.interval, self.saved = 60 * save_minutes or math.inf, time.monotonic()
+        self.interrupted = False
+
+    def __enter__(self):
+        try:
+            self.before = signal.signal(signal.SIGINT, self._on_signal)
+        except ValueError:  # not in the main thread
+            self.before = None
+        return self
+
+    def __exit__(self, *error):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _on_signal(self, number, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nCtrl-C: saving after this step; once more to stop at once", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        due = time.monotonic() - self.saved >= self.interval
+        asked = torch.tensor([self.interrupted, due], dtype=torch.float32, device=args.device)
+        if args.world_size > 1:
+            # All processes save and stop together, or wait for each other for ever.
+            if state.global_step % AGREE_EVERY:
+                return
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        stop, save = asked.bool().tolist()
+        self.interrupted = self.interrupted or stop
+        if stop or save:
+            control.should_save = True
+        control.should_training_stop |= stop
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+
+class Log(TrainerCallback):
+    """`log.jsonl`, one line a point of the curve; on the main process. It is made anew of what the
+    checkpoint knows, so that a torn one stops nothing."""
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A line averages over the steps since the one before: a resumed run begins a new one at its
+        # checkpoint, and so must one that is not interrupted.
+        control.should_log |= control.should_save
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.folder.text("log.jsonl", "".join(map(line, points(state.log_history))))
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.log_history:
+            found = points(state.log_history[-1:])
+            with self.folder.own("log.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(map(line, found)))
+
+
+def points(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trainer's log as the points of a curve: {"step": …, "loss": …} and {"step": …,
+    "eval_loss": …}."""
+    return [
+        {"step": row["step"]} | {NAMES.get(k, k): x for k, x in row.items() if k != "step"}
+        for row in history
+        if SUMMARY not in row
+    ]
+
+
+def line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar, with lines that fit a screen."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not logs or SUMMARY in logs:
+            return
+        row = {NAMES.get(k, k): x for k, x in logs.items()}
+        if "loss" in row:
+            shown = {k: row[k] for k in COLUMNS if k in row}
+        else:
+            shown = {
+                k.removeprefix("eval_"): x
+                for k, x in row.items()
+                if k.startswith("eval_") and k.split("_")[-1] not in ("runtime", "second")
+            }
+            self.training_bar.write("held out", end=": ")
+        text = "  ".join(f"{SCREEN.get(k, k)} {x:.4g}" for k, x in shown.items())
+        self.training_bar.write(f"step {state.global_step}  {text}")
+
+
+SCREEN = {"top1_agreement": "agreement", "perplexity": "ppl"}
+
+

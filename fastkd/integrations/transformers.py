@@ -64,3 +64,12 @@ def sources(
         return student_source, None
     with torch.no_grad():
         return student_source, source(teacher, batch if teacher_batch is None else teacher_batch)
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer, when it is asked for: `sources` needs none of what it imports."""
+    if name in ("DistillationMixin", "DistillationTrainer"):
+        from fastkd.integrations import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,184 @@
+"""Teachers for trainers: opened, frozen, and brought to where the student is."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.recipes.lm import LM, causal_lm, shifts_labels
+from fastkd.recipes.recipe import Batch, Outputs, Teacher
+from fastkd.sources import Ensemble, Source
+
+
+def teacher_of(
+    given: Any,
+    student: nn.Module,
+    accelerator: Any,
+    *,
+    logits: str = "auto",
+    init_kwargs: dict[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    mode: str = "probabilities",
+) -> Teacher | None:
+    """The `Teacher` that a trainer asks: see `DistillationMixin` for what may be given.
+
+    Raises:
+        TypeError, ValueError: what was given is nothing of that, or shares weights with the
+            student; or settings for what was not given.
+    """
+    members = list(given) if isinstance(given, list | tuple) else [given]
+    if init_kwargs is not None and not any(isinstance(x, str | os.PathLike) for x in members):
+        raise ValueError("teacher_model_init_kwargs are for a teacher_model that is a name or path")
+    if weights is not None and len(weights) != len(members):
+        raise ValueError(f"{len(members)} teachers, but {len(weights)} teacher_weights")
+    if given is None:
+        return None
+    if not members:
+        raise ValueError("teacher_model is an empty list")
+    opened = []
+    for x in members:
+        if isinstance(x, str | os.PathLike):
+            x = open_teacher(x, student, init_kwargs)
+        if isinstance(x, nn.Module) and not _is_teacher(x):
+            x = Frozen(x, student, accelerator, logits)
+        if not callable(x):
+            raise TypeError(
+                "teacher_model must be a model, a name or path, a list of these, or a function of"
+                f" a batch, got {type(x).__name__}"
+            )
+        opened.append(x)
+    return opened[0] if len(opened) == 1 else Mixture(opened, weights, mode)
+
+
+def _is_teacher(module: nn.Module) -> bool:
+    """Whether a module is called as a `Teacher`, with a whole batch, and not as a model."""
+    return "batch" in inspect.signature(module.forward).parameters
+
+
+class Mixture:
+    """Several teachers as one, by `Ensemble`."""
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Any, mode: str):
+        self.teachers, self.weights, self.mode = teachers, weights, mode
+
+    def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
+        says = [teacher(batch, hidden_states) for teacher in self.teachers]
+        mixed = Ensemble([x.logits for x in says], self.weights, mode=self.mode)
+        return Outputs(mixed, says[0].hidden_states)
+
+
+def open_teacher(
+    name: str | os.PathLike, student: nn.Module, init_kwargs: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model of the student's sort, from the hub or a folder; an adapter merged into its base.
+
+    Raises:
+        ValueError: weights that its file does not hold: nobody would ever train them.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    settings = dict(init_kwargs or {})
+    hub = {k: settings[k] for k in ("revision", "token", "cache_dir") if k in settings}
+    if find_adapter_config_file(str(name), **hub) is None:
+        return _open(str(name), student, settings)
+    import peft
+
+    base = peft.PeftConfig.from_pretrained(str(name), **hub).base_model_name_or_path
+    settings.pop("revision", None)
+    model = _open(base, student, settings)
+    return peft.PeftModel.from_pretrained(model, str(name), **hub).merge_and_unload()
+
+
+def _open(name: str, student: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    kind = "CausalLM"
+    if not shifts_labels(student):
+        owner = causal_lm(student)
+        kind = "Seq2SeqLM" if owner.config.is_encoder_decoder else "MaskedLM"
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    model, info = auto.from_pretrained(name, output_loading_info=True, **settings)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{name} lacks {len(missing)} weights of the teacher, as {missing[0]}")
+    return model
+
+
+class Frozen:
+    """A model as a teacher that nobody trains, on whatever device it is.
+
+    Raises:
+        ValueError: it shares weights with the student, which would be frozen too.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module, accelerator: Any, logits: str):
+        if {id(p) for p in model.parameters()} & {id(p) for p in student.parameters()}:
+            raise ValueError(
+                "teacher_model shares weights with the student, and would be trained: give a copy"
+            )
+        self.model = _prepared(model.requires_grad_(False).eval(), accelerator)
+        self.lm = LM(self.model, logits)
+
+    def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
+        if self.model.training:
+            self.model.eval()
+        here, there = batch["input_ids"].device, next(self.model.parameters()).device
+        says = self.lm(_moved(batch, there), hidden_states)
+        return Outputs(*(_moved(x, here) for x in says))
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    """Tensors, and what is made of them, on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {k: _moved(v, device) for k, v in x.items()}
+    if isinstance(x, tuple):
+        return tuple(_moved(v, device) for v in x)
+    if isinstance(x, Source) and x.device != device:
+        values = {f.name: _moved(getattr(x, f.name), device) for f in fields(x) if f.init}
+        return replace(x, **values)
+    return x
+
+
+def _prepared(model: nn.Module, accelerator: Any) -> nn.Module:
+    """On the device; sharded, where the student's parameters are."""
+    state = accelerator.state
+    plugin = getattr(state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        return _zero3(model, plugin.deepspeed_config)
+    if getattr(accelerator, "is_fsdp2", False):
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        # It writes the names of the model's layers into the settings: the student has others.
+        own = state.fsdp_plugin
+        state.fsdp_plugin = copy.copy(own)
+        try:
+            return fsdp2_prepare_model(accelerator, model)
+        finally:
+            state.fsdp_plugin = own
+    devices = {p.device.type for p in model.parameters()}
+    stays = devices != {"cpu"} or getattr(model, "hf_device_map", None) is not None
+    return model if stays else model.to(accelerator.device)
+
+
+def _zero3(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Under DeepSpeed, with the student's settings but for those of training; what they leave to
+    be filled in has DeepSpeed's default."""
+    import deepspeed
+
+    def known(x):
+        return {k: known(v) for k, v in x.items() if v != "auto"} if isinstance(x, dict) else x
+
+    own = known({k: x for k, x in config.items() if k not in ("optimizer", "scheduler")})
+    own["zero_optimization"].pop("offload_optimizer", None)
+    own.setdefault("train_micro_batch_size_per_gpu", 1)
+    engine, *_ = deepspeed.initialize(model=model, config=own)
+    return engine.eval()

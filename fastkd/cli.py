@@ -1,24 +1,30 @@
-"""The command line: `fastkd distill`."""
+"""The command line: `fastkd distill` and `fastkd generate`."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
-from argparse import ArgumentParser
+import textwrap
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 import fastkd
-
-if TYPE_CHECKING:
-    from fastkd.training.config import DistillConfig
+from fastkd.training import settings
+from fastkd.training.errors import InputError
 
 NEEDED = ("accelerate", "datasets", "tqdm", "transformers", "yaml")
 USAGE = """\
-fastkd distill
-           a demonstration on this machine's CPU: a small student with and without a teacher
-       fastkd distill --teacher T --student S --data D --output O [--setting value ...]
-           distil your own models; `fastkd distill --help` lists the settings
+usage: fastkd distill
+           a demonstration on this machine's CPU: a small student with and
+           without a teacher
+       fastkd distill --teacher T --student S --data D --output O
+           distil your own models: `fastkd distill --help` lists the settings
+       fastkd generate --teacher T --data PROMPTS --output ANSWERS.jsonl
+           a teacher's answers, as data: `fastkd generate --help`
+       fastkd --version
 """
+WIDTH, INDENT = 79, 30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,69 +34,113 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; default: the process's own.
 
     Returns:
-        The exit status: 0, or 2 for input that cannot work.
+        The exit status: 0; 2 for input that cannot work; 1 where the training went wrong; 130 after
+        Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = ArgumentParser("fastkd", usage=USAGE)
-    parser.add_argument("--version", action="version", version=f"fastkd {fastkd.__version__}")
-    parser.add_argument("command", choices=["distill"], help="what to do")
-    parser.parse_args(argv[:1])
-
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        needs = f"distill needs {', '.join(missing)}: pip install 'fastkd[train]'"
-        print(f"fastkd: error: {needs}", file=sys.stderr)
-        return 2
-
-    from fastkd.training.config import InputError
-
+    commands = {"distill": _distill, "generate": _generate}
+    if argv[:1] == ["--version"]:
+        print(f"fastkd {fastkd.__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    command, *flags = argv
     try:
-        if not argv[1:]:
-            from fastkd import demo
-
-            demo.run()
-        else:
-            config = parse(argv[1:])
-            config.check()
-            from fastkd.training.train import distill
-
-            distill(config)
+        if command not in commands:
+            raise InputError(f"unknown command {command!r}; known: {', '.join(commands)}")
+        if any(flag in ("-h", "--help", "help") for flag in flags):
+            print(help_of(command), end="")
+            return 0
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise InputError(f"{command} needs {', '.join(missing)}: pip install 'fastkd[train]'")
+        return commands[command](flags)
     except InputError as error:
-        print(f"fastkd: error: {error}", file=sys.stderr)
+        _complain(error)
         return 2
+    except FloatingPointError as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C")
+        return 130
+
+
+def _distill(flags: list[str]) -> int:
+    if not flags:
+        from fastkd import demo
+
+        demo.run()
+        return 0
+    from fastkd.training.config import parse
+    from fastkd.training.run import distill
+
+    return 130 if distill(parse(flags)).interrupted else 0
+
+
+def _generate(flags: list[str]) -> int:
+    from fastkd.training.config import read
+    from fastkd.training.generate import generate
+
+    (chosen,) = read(flags, [settings.GenerateSettings], {})
+    generate(chosen)
     return 0
 
 
-def parse(argv: list[str]) -> DistillConfig:
-    """The `DistillConfig` that flags name, over those of a `--config` file.
+def _complain(error: Any) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one is enough
+        print(f"fastkd: error: {error}", file=sys.stderr)
 
-    Raises:
-        InputError: unknown flags, or a file that cannot be read or has unknown keys.
-    """
-    from transformers import HfArgumentParser
 
-    from fastkd.training.config import DistillConfig, InputError, flags_from_yaml
-
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    path, flags = first.parse_known_args(argv)
-    parser = HfArgumentParser(
-        DistillConfig,
-        prog="fastkd distill",
-        usage="fastkd distill [--config FILE] [--setting value ...]",
-        description="Train a student on a teacher. Without any flag: a demonstration.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="YAML file of these settings; flags override it.")
-    from_file = flags_from_yaml(path.config) if path.config else []
-    config, _, unknown = parser.parse_args_into_dataclasses(
-        from_file + flags, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise InputError(
-            f"unknown: {' '.join(unknown)}; `fastkd distill --help` lists the settings"
+def help_of(command: str) -> str:
+    """What `--help` prints; made without transformers, which takes seconds to import."""
+    if command == "generate":
+        title = "fastkd generate --teacher T --data PROMPTS --output ANSWERS.jsonl"
+        groups = [(_title(settings.GenerateSettings), _fields(settings.GenerateSettings))]
+        end = ""
+    else:
+        title = "fastkd distill [--config FILE] [--setting value ...]"
+        groups = [(_title(group), _fields(group)) for group in settings.GROUPS]
+        training = [(name, "", text) for name, text in settings.TRAINING.items()]
+        groups.append(("The training, by transformers' names", training))
+        end = (
+            "\nAll other settings of transformers' TrainingArguments are taken by their names too:"
+            "\nhttps://huggingface.co/docs/transformers/main_classes/trainer\n"
+            "--config FILE: a YAML file of settings; flags override it.\n"
         )
-    return config
+    lines = [f"usage: {title}"]
+    for name, rows in groups:
+        lines += ["", f"{name}:"]
+        for flag, default, text in rows:
+            lines += _row(flag, f"{text} [{default}]" if default else text)
+    return "\n".join(lines) + "\n" + end
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or "").rstrip(".")
+
+
+def _fields(group: type) -> list[tuple[str, str, str]]:
+    """(name, default, text) of every setting."""
+    rows = []
+    for field in dataclasses.fields(group):
+        default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
+        name = field.name
+        if field.default is True:
+            name, default = f"no_{name}", ""
+        elif field.default is False:
+            default = ""
+        rows.append((name, default, field.metadata["help"]))
+    return rows
+
+
+def _row(flag: str, text: str) -> list[str]:
+    lines = textwrap.wrap(text, WIDTH - INDENT)
+    head = f"  --{flag}"
+    if len(head) >= INDENT:
+        return [head, *(" " * INDENT + line for line in lines)]
+    return [head.ljust(INDENT) + lines[0], *(" " * INDENT + line for line in lines[1:])]
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The command line's trainer."""
+"""The command line's settings, data, models, output folder and run."""

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 from argparse import Action
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Parser(HfArgumentParser):
 
 
 def parse(argv: list[str]) -> Config:
-    """The settings that flags name, over those of a `--config` file, over the defaults.
+    """The settings of `fastkd distill`: what flags name, over a `--config` file, over the defaults.
 
     A flag that takes several values takes them at once or one at a time; any other is given once.
 
@@ -74,11 +75,19 @@ def parse(argv: list[str]) -> Config:
         InputError: unknown flags or keys, one given twice, values that cannot be, a file that
             cannot be read.
     """
-    parser = Parser([*GROUPS, TrainingArguments], prog="fastkd distill", allow_abbrev=False)
+    config = Config(*read(argv, [*GROUPS, TrainingArguments], DEFAULTS))
+    trackers = [name for text in config.training.report_to for name in text.split(",")]
+    config.training.report_to = trackers
+    return config
+
+
+def read(argv: list[str], kinds: list[type], defaults: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The dataclasses that flags name; see `parse`."""
+    parser = Parser(kinds, prog="fastkd", allow_abbrev=False)
     # In reverse: of `packing` and `no_packing`, the first is meant.
     known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     flags = _flags(argv, known)
-    settings = {name: _texts(value) for name, value in DEFAULTS.items()}
+    settings = {name: _texts(value) for name, value in defaults.items()}
     if "config" in flags:
         settings |= _file(flags.pop("config")[0], known)
     settings |= flags
@@ -88,15 +97,11 @@ def parse(argv: list[str]) -> Config:
         single = len(values) == 1
         tokens += [f"--{name}={values[0]}"] if single else [f"--{name}", *values]
     try:
-        parts = parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(one_line(error)) from error
-    config = Config(*parts)
-    trackers = [name for text in config.training.report_to for name in text.split(",")]
-    config.training.report_to = trackers
-    return config
 
 
 def _flags(argv: list[str], known: dict[str, Action]) -> dict[str, list[str]]:
@@ -128,7 +133,7 @@ def _flags(argv: list[str], known: dict[str, Action]) -> dict[str, list[str]]:
 def _name(flag: str, known: dict[str, Action]) -> str:
     """The setting that a flag or key means."""
     name = flag.replace("-", "_")
-    name = SHORT.get(name, name)
+    name = name if name in known else SHORT.get(name, name)
     positive = name.removeprefix("no_")
     if name in known or name in ("config", "mixed_precision"):
         return name
@@ -185,7 +190,7 @@ def _meanings(settings: dict[str, list[str]]) -> None:
         raise InputError(f"mixed_precision must be no, bf16 or fp16, got {precision}")
     if precision != "no":
         settings[precision] = ["true"]
-    if "optim" in settings:
+    if settings.get("optim"):
         word = settings["optim"][0].lower()
         settings["optim"] = [OPTIMIZERS.get(word, word)]
     if "report_to" in settings:

@@ -91,6 +91,8 @@ class Folder:
         """Make the folder this run's: what an earlier one wrote is removed, all else stays."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.goes_on:
+            self.record.pop("finished", None)
+            self._write_record()
             shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
             return
         for name in sorted(self._own_files() - {RECORD}):
@@ -129,7 +131,10 @@ class Folder:
             (made / name).replace(target)
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
 
-    # Checkpoints
+    def finish(self) -> None:
+        """Say in the record that the model is the run's last."""
+        self.record["finished"] = True
+        self._write_record()
 
     @property
     def partial(self) -> Path:
@@ -155,10 +160,10 @@ class Folder:
                 )
             shutil.rmtree(target)
         made.rename(target)
-        kept = [p for p in self._checkpoints(self.run) if best is None or p.name != Path(best).name]
-        spare = 0 if best is None or Path(best).name == name else 1
         if limit:
-            for old in kept[: max(0, len(kept) + spare - max(limit, 1 + spare))]:
+            kept = self._checkpoints(self.run)
+            spare = [p for p in kept if p.name not in (name, best and Path(best).name)]
+            for old in spare[: max(0, len(kept) - limit)]:
                 shutil.rmtree(old)
 
     def _is_own(self, checkpoint: Path) -> bool:

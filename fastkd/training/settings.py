@@ -168,6 +168,42 @@ class RunSettings:
     )
 
 
+@dataclass
+class GenerateSettings:
+    """`fastkd generate`: a teacher answers prompts."""
+
+    teacher: str | None = _flag(None, "Model that answers: a folder or a hub name.")
+    data: list[str] = _list(
+        "Prompts, in any of the formats of `fastkd distill --data`; answers there are left out."
+    )
+    output: str | None = _flag(
+        None,
+        "JSONL file of the answers, as `fastkd distill --data` reads it. One that an interrupted"
+        " run of the same settings left is gone on with.",
+    )
+    overwrite: bool = _flag(False, "Replace such a file of other settings.")
+    data_split: str = _flag("train", "Split of a hub data set, or of a folder with several.")
+    data_name: str | None = _flag(None, "Configuration of a hub data set.")
+    prompt_template: str | None = _flag(
+        None, "What the teacher reads as the prompt: '{input}' stands for the data's."
+    )
+    limit: int | None = _flag(None, "Only the first so many prompts.")
+    batch_size: int = _flag(8, "Prompts at a time.")
+    max_prompt_length: int = _flag(1024, "Longer prompts are left out, and counted.")
+    max_new_tokens: int = _flag(256, "Longest answer, in tokens.")
+    temperature: float = _flag(1.0, "Of the sampling; 0: the likeliest token always.")
+    top_p: float = _flag(1.0, "Sample of the likeliest tokens that hold this much.")
+    top_k: int = _flag(0, "Sample of so many likeliest tokens; 0: of all.")
+    seed: int = _flag(0, "Of the sampling: the same prompts get the same answers.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "auto", "Type of the teacher's weights."
+    )
+    attn_implementation: str | None = _flag(
+        None, "transformers' name: sdpa, eager, flash_attention_2, …"
+    )
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the model.")
+
+
 GROUPS = (ModelSettings, DataSettings, LossSettings, RunSettings)
 
 # Short names of settings of `TrainingArguments`.

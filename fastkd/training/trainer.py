@@ -186,5 +186,3 @@ class Progress(ProgressCallback):
 
 
 SCREEN = {"top1_agreement": "agreement", "perplexity": "ppl"}
-
-

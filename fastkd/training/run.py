@@ -1,0 +1,373 @@
+"""`fastkd distill`, read top-down: from settings to a model in its folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from fastkd.integrations.transformers import DistillationTrainer
+from fastkd.recipes import LM, Distil, OnPolicy
+from fastkd.recipes.lm import shifts_labels
+from fastkd.training.build import check_settings, make_objective, make_teacher
+from fastkd.training.config import Config
+from fastkd.training.curves import draw
+from fastkd.training.data import Read, collator, keeps_documents_apart, open_data
+from fastkd.training.errors import InputError
+from fastkd.training.models import (
+    check_models,
+    describe,
+    open_student,
+    open_teachers,
+    open_tokenizer,
+)
+from fastkd.training.outputs import Folder, is_complete, read_record
+from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
+
+# What a run that goes on must agree with, of `TrainingArguments`; all of our own settings but these.
+DECIDES = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+    "seed", "data_seed", "average_tokens_across_devices", "neftune_noise_alpha",
+    "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
+MAY_CHANGE = (
+    "overwrite", "resume", "save_minutes", "early_stopping_patience", "eval_data", "logits",
+    "attn_implementation",
+)  # fmt: skip
+LENGTH = ("max_steps", "num_train_epochs")  # may change too, and is said
+
+
+class Run(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+        output: the folder with the model.
+        scores: the last evaluation; empty without held-out data.
+        history: the lines of the log.
+        seconds: how long training took, with its evaluations and checkpoints.
+        interrupted: Ctrl-C ended it before its last step.
+    """
+
+    output: Path
+    scores: dict[str, float]
+    history: list[dict[str, Any]]
+    seconds: float
+    interrupted: bool = False
+
+
+def distill(config: Config) -> Run:
+    """Train `config.models.student` and save it in `config.training.output_dir`; with
+    `finetune_epochs` in two stages, the first of them in a folder beside it.
+
+    Raises:
+        InputError: settings, models or data that do not go together; before any training.
+        FloatingPointError: loss or weights are no longer finite; before the next checkpoint.
+    """
+    if not config.loss.finetune_epochs:
+        return train(config)
+    output = config.training.output_dir
+    between = f"{output}-distilled"
+    first, second = _copy(config), _copy(config)
+    first.training.output_dir = between
+    first.loss.finetune_epochs = second.loss.finetune_epochs = 0.0
+    second.models.student, second.models.teacher = between, []
+    second.models.student_from_teacher, second.models.lora_r = None, 0
+    second.loss.alpha, second.loss.hidden_loss, second.loss.on_policy = "0", None, 0.0
+    second.training.num_train_epochs = config.loss.finetune_epochs
+    second.training.max_steps = -1
+    check_settings(first.models, first.loss)
+    Folder(output, config.run.overwrite, config.run.resume)  # refused now, not after hours
+    done = read_record(Path(between)) or {}
+    if not (config.run.resume and done.get("finished")):
+        run = train(first)
+        if run.interrupted:
+            return run
+    return train(second)
+
+
+def _copy(config: Config) -> Config:
+    return Config(*(copy.copy(part) for part in config))
+
+
+def train(config: Config) -> Run:
+    """One stage."""
+    models, data, loss, run, args = config
+    say = print if args.process_index == 0 else _silent
+    _check(config)
+    resume = run.resume or args.resume_from_checkpoint is not None
+    folder = Folder(args.output_dir, run.overwrite, resume)
+    checkpoint = _checkpoint(folder, config)
+
+    tokenizer, vocab, sizes = open_tokenizer(models)
+    check_models(models, data, args)
+    read = _read(config, tokenizer, sizes, data.packing)
+    student, teachers = open_student(models), open_teachers(models)
+    packed = "position_ids" in read.train.column_names
+    if packed and not all(map(keeps_documents_apart, (student, *teachers))):
+        say("packing is off: a model lets packed documents see each other")
+        read = _read(config, tokenizer, sizes, False)
+    for text in (*read.report, *describe(student, teachers)):
+        say(text)
+
+    about = _about(config, read.train)
+    if checkpoint is not None:
+        _check_same(checkpoint, about, say)
+    elif resume:
+        say(f"nothing to go on from in {folder.path}: starting")
+    _set_evaluation(config, read, checkpoint)
+    interrupt = Interrupt(run.save_minutes)
+    trainer = FolderTrainer(
+        model=student,
+        args=args,
+        teacher_model=make_teacher(models, teachers, data.teacher_prompt_template is not None),
+        objective=make_objective(loss, vocab, shifts_labels(student)),
+        logits=models.logits,
+        train_dataset=read.train,
+        eval_dataset=read.held_out,
+        data_collator=collator(tokenizer, models.task, data.mlm_probability),
+        processing_class=tokenizer,
+        callbacks=[interrupt, Log(folder), *_early_stopping(run)],
+        folder=folder,
+        about=about,
+        rewrite=_on_policy(config, student, tokenizer),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if not args.disable_tqdm:
+        trainer.add_callback(Progress())
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        folder.begin()
+        config.save(folder.own("fastkd.yaml"))
+    trainer.accelerator.wait_for_everyone()
+    if read.held_out is not None and checkpoint is None:
+        for i, perplexity in enumerate(_perplexities(trainer, teachers)):
+            which = f" {i + 1}" if len(teachers) > 1 else ""
+            say(f"held out: the teacher{which} has a perplexity of {perplexity:.4g}")
+
+    with interrupt:
+        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    state = trainer.state
+    if interrupt.interrupted and state.global_step < state.max_steps:
+        say(
+            f"stopped at step {state.global_step} of {state.max_steps}, and saved there; the same"
+            " command with --resume goes on"
+        )
+        return Run(folder.path, {}, points(state.log_history), _seconds(result), True)
+    trainer.check_finite()
+    return _finish(trainer, folder, result, say)
+
+
+def _check(config: Config) -> None:
+    """What can be seen to be wrong without opening a file."""
+    models, data, loss, _, args = config
+    check_settings(models, loss)
+    if not args.output_dir or args.output_dir == "trainer_output":
+        raise InputError("--output is missing")
+    if not data.data:
+        raise InputError("--data is missing")
+    if not (models.student or models.student_from_teacher):
+        raise InputError("--student is missing")
+    for name in ("max_length", "max_teacher_length"):
+        if getattr(data, name) is not None and getattr(data, name) < 2:
+            raise InputError(f"{name} must be at least 2, got {getattr(data, name)}")
+    if not 0 <= data.eval_fraction < 1:
+        raise InputError(f"eval_fraction must be in [0, 1), got {data.eval_fraction}")
+    for name in (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    ):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} must be positive, got {getattr(args, name)}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps", "eval_steps"):
+        value = getattr(args, name) or 0
+        if not (value >= 0 and math.isfinite(value)):
+            raise InputError(f"{name} must not be negative, got {value}")
+    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
+        raise InputError(
+            f"nothing to train: max_steps is {args.max_steps}, epochs is {args.num_train_epochs}"
+        )
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise InputError(f"save_total_limit must be at least 1, got {args.save_total_limit}")
+    if args.label_smoothing_factor:
+        raise InputError(
+            "label_smoothing_factor has no part in a distillation: 0, or plain Trainer"
+        )
+    if loss.on_policy and data.teacher_prompt_template is not None:
+        raise InputError("on_policy and teacher_prompt_template do not go together")
+
+
+def _read(config: Config, tokenizer: Any, sizes: Any, pack: bool) -> Read:
+    """The data; the other processes read what the first one has cached."""
+    data = dataclasses.replace(config.data, packing=pack)
+    with config.training.main_process_first(desc="reading the data"):
+        return open_data(
+            data, tokenizer, seed=config.training.seed, vocab_size=min(sizes), pack=pack
+        )
+
+
+def _checkpoint(folder: Folder, config: Config) -> Path | None:
+    """Where the run goes on, if it does."""
+    name = config.training.resume_from_checkpoint
+    if name is None or name in ("last", "true", "True"):
+        found = folder.newest() if folder.goes_on else None
+        if found is None and name is not None:
+            raise InputError(f"{folder.path} has no complete checkpoint to go on from")
+        return found
+    path = Path(name)
+    if not path.is_dir():
+        raise InputError(f"--resume_from_checkpoint {name}: no such folder")
+    if not is_complete(path):
+        raise InputError(f"{name} is no complete checkpoint of fastkd")
+    return path
+
+
+def _about(config: Config, rows: Dataset) -> dict[str, Any]:
+    """What a run that goes on must agree with."""
+    ours = {k: x for part in config[:-1] for k, x in dataclasses.asdict(part).items()}
+    chosen = {k: x for k, x in ours.items() if k not in MAY_CHANGE}
+    every = config.as_dict()
+    chosen |= {k: every.get(k) for k in (*DECIDES, *LENGTH)}
+    return {
+        "settings": chosen | {"processes": config.training.world_size},
+        "data": _fingerprint(rows),
+    }
+
+
+def _fingerprint(rows: Dataset) -> str:
+    """Of what is trained on, in its order."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(1000):
+        for name in sorted(set(batch.column_names) - {"use_cache"}):
+            column = batch.column(name).combine_chunks()
+            digest.update(f"{name} {len(column)} ".encode())
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def _check_same(checkpoint: Path, about: dict[str, Any], say: Any) -> None:
+    """Refuse to go on with another loss, data or optimizer; say what else has changed."""
+    before, now = read_record(checkpoint), about["settings"]
+    was = before["settings"]
+    changed = [k for k in now if now[k] != was.get(k)]
+    refused = [f"{k} was {was.get(k)}, is {now[k]}" for k in changed if k not in LENGTH]
+    if refused:
+        raise InputError(
+            f"{checkpoint} cannot go on with other settings: {'; '.join(refused)}. A new run may"
+            " start from its weights: --student"
+        )
+    if before["data"] != about["data"]:
+        raise InputError(
+            f"{checkpoint} cannot go on: the data, or what the tokenizer makes of them, have"
+            " changed since"
+        )
+    for name in changed:
+        say(f"{name} was {was.get(name)}, is {now[name]}: the schedule is that of now")
+    say(f"going on from {checkpoint}")
+
+
+def _set_evaluation(config: Config, read: Read, checkpoint: Path | None) -> None:
+    args = config.training
+    if read.held_out is None:
+        for wanted, what in (
+            (args.load_best_model_at_end, "load_best_model_at_end"),
+            (config.run.early_stopping_patience, "early_stopping_patience"),
+        ):
+            if wanted:
+                raise InputError(f"{what} needs held-out data: --eval_data, or --eval_fraction")
+        args.eval_strategy, args.eval_on_start = "no", False
+    if checkpoint is not None:
+        args.eval_on_start = False
+    if config.run.early_stopping_patience:
+        if args.eval_strategy == "no":
+            raise InputError("early_stopping_patience needs evaluations: --eval_steps")
+        args.metric_for_best_model = args.metric_for_best_model or "loss"
+        if args.greater_is_better is None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+
+
+def _early_stopping(run: Any) -> Iterator[EarlyStoppingCallback]:
+    if run.early_stopping_patience:
+        yield EarlyStoppingCallback(run.early_stopping_patience)
+
+
+def _on_policy(config: Config, student: Any, tokenizer: Any) -> OnPolicy | None:
+    if not config.loss.on_policy:
+        return None
+    return OnPolicy(
+        student,
+        config.loss.on_policy,
+        max_new_tokens=config.loss.on_policy_max_new_tokens,
+        temperature=config.loss.on_policy_temperature,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _seconds(result: Any) -> float:
+    return result.metrics.get("train_runtime", 0.0)
+
+
+@torch.no_grad()
+def _perplexities(trainer: DistillationTrainer, teachers: list[Any]) -> Iterator[float]:
+    """Of each teacher, on the held-out data."""
+    for teacher in teachers:
+        sums = torch.zeros(2, dtype=torch.float64)
+        objective = Distil(shifts_labels(teacher), alpha=0.0)
+        lm = LM(teacher.to(trainer.args.device))
+        for batch in trainer.get_eval_dataloader():
+            batch = trainer._prepare_inputs(batch)
+            own = {k.removeprefix("teacher_"): x for k, x in batch.items() if k[:8] == "teacher_"}
+            batch = own or batch
+            n = objective.counts(batch)
+            found = objective(lm(batch), None, batch, torch.ones_like(n), 0.0).measures["ce"]
+            sums += torch.stack([found.double(), n[0].double()]).cpu()
+        total, count = trainer.accelerator.reduce(sums.to(trainer.args.device), "sum").tolist()
+        yield math.exp(min(total / max(count, 1), 700.0))
+
+
+def _finish(trainer: FolderTrainer, folder: Folder, result: Any, say: Any) -> Run:
+    """The last scores, the curves and the model."""
+    state, scores = trainer.state, {}
+    if trainer.eval_dataset is not None:
+        of_now = [r for r in state.log_history if r["step"] == state.global_step]
+        done = [row for row in of_now if "eval_loss" in row]
+        best = trainer.args.load_best_model_at_end  # not what was evaluated last
+        scores = done[-1] if done and not best else trainer.evaluate()
+    history = points(state.log_history)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save:
+
+        def make(path: Path) -> None:
+            model.config.use_cache = True  # which Trainer had set to False, for the training
+            model.save_pretrained(path, state_dict=weights)
+            trainer.processing_class.save_pretrained(path)
+            (path / "README.md").unlink(missing_ok=True)  # peft's, without a word on this model
+
+        folder.fill(make)
+        draw(history, folder.own("curves.png"))
+        folder.finish()
+    trainer.accelerator.wait_for_everyone()
+    adapter = (folder.path / "adapter_config.json").exists()
+    masked = type(model).__name__.endswith("ForMaskedLM")
+    loader = "peft.AutoPeft" if adapter else "transformers.Auto"
+    say(f"The model is in {folder.path}. To load it:")
+    task = "MaskedLM" if masked and not adapter else "CausalLM"
+    say(f'    {loader}ModelFor{task}.from_pretrained("{folder.path}")')
+    return Run(folder.path, scores, history, _seconds(result))
+
+
+def _silent(*args: Any) -> None:
+    pass

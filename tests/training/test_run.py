@@ -1,0 +1,302 @@
+"""Runs of `fastkd distill`: what they leave, that they can be interrupted, what stops them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from small import curve, difference, flags, log, rows, run, weights, write_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastkd.training.config import parse
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for each other's threads
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of a small run."""
+    return dict(
+        student=write_model(tmp_path / "student", 0),
+        teacher=write_model(tmp_path / "teacher", 1, scale=50.0),
+        data=write_rows(tmp_path / "rows.jsonl", rows(24)),
+        output=tmp_path / "out",
+        eval_fraction=0, learning_rate=1e-2, logging_steps=1, save_steps=0, max_steps=4,
+        batch_size=2, alpha=0.7, temperature=2.0, max_length=32,
+    )  # fmt: skip
+
+
+def said(capsys):
+    """The one line of an error."""
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fastkd: error")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_the_output_is_a_model_a_log_and_its_settings(settings, tmp_path, capsys):
+    before = weights(settings["teacher"])
+    assert run(**settings | dict(eval_fraction=0.2, save_steps=2)) == 0
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "curves.png"} <= names
+    pickles = (".bin", ".pkl", ".pt", ".pth", ".partial")
+    assert not [name for name in names if name.endswith(pickles)]
+    assert difference(settings["student"], out) > 1e-3
+    assert all(torch.equal(x, before[k]) for k, x in weights(settings["teacher"]).items())
+    assert AutoTokenizer.from_pretrained(out).get_vocab()["w7"] == 7
+    assert AutoModelForCausalLM.from_pretrained(out).config.use_cache
+    again = parse(["--config", str(out / "fastkd.yaml")]).as_dict()
+    assert again == parse(flags(settings | dict(eval_fraction=0.2, save_steps=2))).as_dict()
+    steps = [row for row in log(out) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    first = steps[0]
+    whole = 0.7 * 4 * first["kd"] + 0.3 * first["ce"]
+    assert first["loss"] == pytest.approx(whole, rel=1e-4)
+    scores = [row for row in log(out) if "eval_loss" in row]
+    assert [row["step"] for row in scores] == [0, 4]  # before the first step, and at the end
+    assert scores[0]["eval_kl"] > 0 and 0 <= scores[0]["eval_top1_agreement"] <= 1
+    printed = capsys.readouterr().out
+    assert "the teacher has a perplexity of" in printed
+    assert f'transformers.AutoModelForCausalLM.from_pretrained("{out}")' in printed
+
+
+def test_a_run_needs_a_folder_of_its_own(settings, tmp_path, capsys):
+    assert run(**settings) == 0
+    assert run(**settings) == 2
+    assert "holds an earlier run" in said(capsys)
+    assert run("--overwrite", **settings | dict(lora_r=2)) == 0
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert run("--overwrite", **settings) == 0
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert difference(settings["student"], tmp_path / "out") > 1e-3
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(settings, tmp_path, lora):
+    """In the middle of an epoch and after it; dropout draws from the random state."""
+    settings["student"] = write_model(tmp_path / "dropout", 0, attention_dropout=0.1)
+    settings |= dict(
+        batch_size=4, gradient_accumulation_steps=2, max_steps=7, save_steps=2, lora_r=lora,
+        lora_dropout=0.1 if lora else 0, eval_fraction=0.1, eval_steps=3, logging_steps=3,
+    )  # fmt: skip
+    assert run(**settings) == 0
+    other = settings | dict(output=tmp_path / "other")
+    assert run(**other | dict(max_steps=4)) == 0
+    torch.manual_seed(123)
+    assert run("--resume", **other) == 0
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    first, second = (load_file(tmp_path / out / name) for out in ("out", "other"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert [r for r in curve(tmp_path / "out") if r["step"] > 4] == [
+        r for r in curve(tmp_path / "other") if r["step"] > 4
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(learning_rate=1e-3), "learning_rate was 0.01, is 0.001"),
+        (dict(temperature=3.0), "temperature was 2.0, is 3.0"),
+        (dict(batch_size=3), "per_device_train_batch_size was 2, is 3"),
+        (dict(lora_r=2), "lora_r was 0, is 2"),
+        (dict(divergence="jsd"), "divergence was forward_kl, is jsd"),
+    ],
+)
+def test_another_loss_does_not_go_on(settings, capsys, change, words):
+    settings |= dict(save_steps=2, max_steps=2)
+    assert run(**settings) == 0
+    assert run("--resume", **settings | change) == 2
+    assert words in said(capsys)
+
+
+def test_other_data_do_not_go_on(settings, tmp_path, capsys):
+    settings |= dict(save_steps=2, max_steps=2)
+    assert run(**settings) == 0
+    write_rows(Path(settings["data"]), rows(24, seed=1))
+    assert run("--resume", **settings) == 2
+    assert "the data" in said(capsys)
+
+
+def test_more_steps_go_on_and_say_so(settings, tmp_path, capsys):
+    settings |= dict(save_steps=2, max_steps=4)
+    assert run(**settings) == 0
+    with open(tmp_path / "out" / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # torn
+    assert run("--resume", **settings | dict(max_steps=6)) == 0
+    assert "max_steps was 4, is 6" in capsys.readouterr().out
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def command(settings):
+    return [sys.executable, "-m", "fastkd", "distill", *flags(settings)]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def test_killed_at_any_moment_and_gone_on_with(settings, tmp_path):
+    """A real run, killed without warning until it gets through: its curve and weights are those of
+    one that was left alone."""
+    settings |= dict(save_steps=2, max_steps=24, save_total_limit=2)
+    assert run(**settings | dict(output=tmp_path / "alone")) == 0
+    moments, kills = random.Random(0), 0
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [*command(settings), "--resume"], env=environment(), cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if attempt < 3:
+            before = time.monotonic()
+            wait = 3 + attempt + 2 * moments.random()  # beyond the imports
+            while process.poll() is None and time.monotonic() - before < 60:
+                started = (tmp_path / "out" / "log.jsonl").exists()
+                if started and time.monotonic() - before > wait:
+                    process.kill()
+                    kills += 1
+                    break
+                time.sleep(0.01)
+        _, error = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error.decode()[-2000:]
+    assert process.returncode == 0 and kills
+    assert difference(tmp_path / "alone", tmp_path / "out") == 0
+    assert curve(tmp_path / "alone") == curve(tmp_path / "out")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
+    settings |= dict(max_steps=100_000, save_steps=50_000)
+    process = subprocess.Popen(
+        command(settings), env=environment(), cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while process.poll() is None and not (tmp_path / "out" / "log.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error[-2000:]
+    assert "Traceback" not in error and "--resume goes on" in out
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert run("--resume", **settings | dict(max_steps=step + 1)) == 0
+    assert log(tmp_path / "out")[-1]["step"] == step + 1
+
+
+def test_nothing_that_is_not_finite_is_saved(settings, tmp_path, capsys):
+    settings |= dict(
+        max_steps=12, save_steps=3, save_total_limit=1, logging_steps=100, learning_rate=1e30,
+        optimizer="SGD", max_grad_norm=0, scheduler="constant", warmup_ratio=0,
+    )  # fmt: skip
+    assert run(**settings) == 1
+    assert "no longer finite since step" in said(capsys)
+    assert (
+        not list((tmp_path / "out").glob("checkpoint-*"))
+        and not (tmp_path / "out" / "model.safetensors").exists()
+    )
+
+
+def test_the_last_finite_checkpoint_stays(settings, tmp_path, capsys, monkeypatch):
+    from fastkd.training.trainer import FolderTrainer
+
+    step = FolderTrainer.training_step
+
+    def poisoned(self, model, *args):
+        loss = step(self, model, *args)
+        if self.state.global_step == 4:
+            next(model.parameters()).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(FolderTrainer, "training_step", poisoned)
+    settings |= dict(max_steps=8, save_steps=2, save_total_limit=1, max_grad_norm=0)
+    assert run(**settings) == 1
+    words = said(capsys)
+    assert "checkpoint-4" in words and "since step 6" in words
+    assert all(x.isfinite().all() for x in weights(tmp_path / "out" / "checkpoint-4").values())
+
+
+def test_checkpoints_of_adapters_are_adapters(settings, tmp_path):
+    import peft
+
+    assert run(**settings | dict(lora_r=2, save_steps=4)) == 0
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+        base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+        expected = weights(settings["student"])["model.layers.0.self_attn.q_proj.weight"]
+        assert torch.equal(base, expected)
+        assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_early_stopping(settings, tmp_path):
+    settings |= dict(
+        eval_fraction=0.2, eval_steps=1, max_steps=50, early_stopping_patience=2,
+        learning_rate=5.0, scheduler="constant",
+    )  # fmt: skip
+    assert run(**settings) == 0
+    losses = [row["eval_loss"] for row in log(tmp_path / "out") if "eval_loss" in row]
+    assert len(losses) < 50 and min(losses[-2:]) >= min(losses)
+
+
+def launched(settings, tmp_path, launcher, **env):
+    done = subprocess.run(
+        [*launcher, "-m", "fastkd", "distill", *flags(settings)], env=environment(**env),
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_make_the_steps_of_one(settings, tmp_path, fsdp):
+    settings |= dict(
+        optimizer="SGD", learning_rate=0.5, gradient_accumulation_steps=2, eval_fraction=0.25,
+        save_steps=2,
+    )  # fmt: skip
+    assert run(**settings | dict(batch_size=4)) == 0
+    accelerate = dict(
+        compute_environment="LOCAL_MACHINE", distributed_type="MULTI_CPU", num_processes=2,
+        num_machines=1, machine_rank=0, use_cpu=True, main_process_port=0,
+    )  # fmt: skip
+    if fsdp:
+        accelerate |= dict(
+            distributed_type="FSDP",
+            fsdp_config=dict(
+                fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+                fsdp_transformer_layer_cls_to_wrap="LlamaDecoderLayer",
+                fsdp_state_dict_type="FULL_STATE_DICT", fsdp_reshard_after_forward=True,
+            ),
+        )  # fmt: skip
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(accelerate))
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(tmp_path / "accelerate.yaml"),
+    ]  # fmt: skip
+    printed = launched(settings | dict(output=tmp_path / "two"), tmp_path, launcher)
+    assert printed.count("The model is in") == 1
+    assert difference(tmp_path / "out", tmp_path / "two") < 1e-6
+    for row, other in zip(curve(tmp_path / "out"), curve(tmp_path / "two"), strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            assert row[name] == pytest.approx(other[name], rel=1e-4), name
+    assert json.loads((tmp_path / "two" / "fastkd.json").read_text())["finished"]

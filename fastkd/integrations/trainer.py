@@ -18,6 +18,7 @@ from fastkd.loss import KDLoss
 from fastkd.recipes.lm import LM, TEACHERS_PREFIX, causal_lm, shifts_labels
 from fastkd.recipes.objectives import Distil
 from fastkd.recipes.recipe import Batch, Learnt, Objective, Outputs, Teacher
+from fastkd.recipes.teachers import Prompted
 
 SETTINGS = frozenset(inspect.signature(KDLoss).parameters)
 OBJECTIVE = "objective.safetensors"  # in a checkpoint: what an objective has learnt
@@ -186,8 +187,14 @@ class DistillationMixin:
         with self.accelerator.autocast():
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher = self.teacher(batch, hidden_states)
+                    teacher = self._teacher_of(batch)(batch, hidden_states)
             return LM(model, logits)(batch, hidden_states), teacher
+
+    def _teacher_of(self, batch: Batch) -> Teacher:
+        """The teacher, which may have a prompt of its own in the batch."""
+        if f"{TEACHERS_PREFIX}input_ids" not in batch:
+            return self.teacher
+        return Prompted(self.teacher, self._measuring.shift)
 
     def _with_decoder_inputs(self, batch: Batch) -> Batch:
         """Encoder-decoders make them of their labels, which they are not given here."""

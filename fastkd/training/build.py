@@ -1,4 +1,4 @@
-"""From settings to a recipe: what is learnt, and of whom."""
+"""From settings to what is learnt."""
 
 from __future__ import annotations
 
@@ -6,26 +6,34 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from fastkd import divergences
 from fastkd.divergences import Divergence
-from fastkd.recipes import LM, Distil, Hidden, Linear, Mixture, Plus, Prompted
-from fastkd.recipes.recipe import Objective, Teacher
+from fastkd.recipes import Distil, Hidden, Linear, Objective, Plus, shifts_labels
 from fastkd.training.errors import InputError
 from fastkd.training.settings import LossSettings, ModelSettings
 
 LINE = re.compile(r"(.+?)\.\.(.+)")  # 4..1: from 4 at the start to 1 at the end
 
 
-def make_objective(loss: LossSettings, vocab: str | int, shift: bool) -> Objective:
+def make_objective(
+    loss: LossSettings, vocab: str | int, student: nn.Module, teachers: list[nn.Module]
+) -> Objective:
     """What is learnt.
 
     Raises:
         InputError: words and numbers that cannot be.
     """
+    objective = _distil(loss, vocab, shifts_labels(student))
+    if loss.hidden_loss is None:
+        return objective
+    hidden = Hidden.between(student, teachers[0], loss.hidden_loss)
+    return Plus(objective, hidden, loss.hidden_weight)
+
+
+def _distil(loss: LossSettings, vocab: str | int, shift: bool) -> Distil:
     try:
         objective = Distil(
             shift,
@@ -38,23 +46,7 @@ def make_objective(loss: LossSettings, vocab: str | int, shift: bool) -> Objecti
             objective.at(end)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    if loss.hidden_loss is None:
-        return objective
-    return Plus(objective, Hidden(loss.hidden_loss), loss.hidden_weight)
-
-
-def make_teacher(
-    models: ModelSettings, teachers: list[nn.Module], prompted: bool
-) -> Teacher | None:
-    """Who is learnt from: one model or a mixture; with a prompt of its own or the student's."""
-    if not teachers:
-        return None
-    teacher: Any = [LM(model, models.logits) for model in teachers]
-    if len(teacher) == 1:
-        (teacher,) = teacher
-    else:
-        teacher = Mixture(teacher, models.teacher_weight or None, models.teacher_mode)
-    return Prompted(teacher) if prompted else teacher
+    return objective
 
 
 def make_number(name: str, text: str) -> float | Linear:
@@ -131,7 +123,7 @@ def make_divergence(loss: LossSettings) -> Divergence | Callable[[float], Diverg
 
 def check_settings(models: ModelSettings, loss: LossSettings) -> None:
     """Raise `InputError` for what can be seen to be wrong without opening a file."""
-    make_objective(dataclasses.replace(loss, hidden_loss=None), "strict", True)
+    _distil(loss, "strict", True)
     alpha = make_number("alpha", loss.alpha)
     ends = [alpha(0.0), alpha(1.0)] if callable(alpha) else [alpha]
     if not models.teacher and max(ends) > 0:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from fastkd.integrations.transformers import DistillationTrainer
 from fastkd.recipes import LM, Distil, OnPolicy
 from fastkd.recipes.lm import shifts_labels
-from fastkd.training.build import check_settings, make_objective, make_teacher
+from fastkd.training.build import check_settings, make_objective
 from fastkd.training.config import Config
 from fastkd.training.curves import draw
 from fastkd.training.data import Read, collator, keeps_documents_apart, open_data
@@ -33,7 +33,7 @@ from fastkd.training.models import (
 from fastkd.training.outputs import Folder, is_complete, read_record
 from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
 
-# What a run that goes on must agree with, of `TrainingArguments`; all of our own settings but these.
+# What a run that goes on must agree with: of `TrainingArguments` these, of our own all but those.
 DECIDES = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
@@ -130,8 +130,10 @@ def train(config: Config) -> Run:
     trainer = FolderTrainer(
         model=student,
         args=args,
-        teacher_model=make_teacher(models, teachers, data.teacher_prompt_template is not None),
-        objective=make_objective(loss, vocab, shifts_labels(student)),
+        teacher_model=teachers or None,
+        teacher_weights=models.teacher_weight or None,
+        teacher_mode=models.teacher_mode,
+        objective=make_objective(loss, vocab, student, teachers),
         logits=models.logits,
         train_dataset=read.train,
         eval_dataset=read.held_out,
@@ -200,9 +202,7 @@ def _check(config: Config) -> None:
     if args.save_total_limit is not None and args.save_total_limit < 1:
         raise InputError(f"save_total_limit must be at least 1, got {args.save_total_limit}")
     if args.label_smoothing_factor:
-        raise InputError(
-            "label_smoothing_factor has no part in a distillation: 0, or plain Trainer"
-        )
+        raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
     if loss.on_policy and data.teacher_prompt_template is not None:
         raise InputError("on_policy and teacher_prompt_template do not go together")
 

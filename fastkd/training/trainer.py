@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 from fastkd.integrations.transformers import DistillationTrainer
+from fastkd.training.measure import peak_memory
 from fastkd.training.outputs import Folder
 
 NAMES = {"learning_rate": "lr"}  # in our log
@@ -34,16 +35,32 @@ class FolderTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         self.folder, self.about = folder, about
         self._writes_to: str | None = None
+        self._tokens, self._since = 0, time.perf_counter()  # since the last line of the log
         self._not_finite_since = torch.tensor(math.inf, device=self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
         loss = super().training_step(model, inputs, num_items_in_batch)
         now = torch.where(loss.isfinite(), math.inf, float(self.state.global_step + 1))
         self._not_finite_since = torch.minimum(self._not_finite_since, now)
         return loss
 
+    def prepare_batches(self, batches):
+        if self.rewrite is not None:
+            # How many came before: a run that goes on draws what it would have drawn.
+            self.rewrite.calls = self.state.global_step * self.args.gradient_accumulation_steps
+        return super().prepare_batches(batches)
+
     def _get_output_dir(self, trial):
         return self._writes_to or super()._get_output_dir(trial)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(self._tokens / max(now - self._since, 1e-9), 1)
+            logs["peak_memory_mb"] = round(peak_memory(self.args.device))
+            self._tokens, self._since = 0, now
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         self.check_finite()
@@ -111,14 +128,14 @@ class Interrupt(TrainerCallback):
         print("\nCtrl-C: saving after this step; once more to stop at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        due = time.monotonic() - self.saved >= self.interval
-        asked = torch.tensor([self.interrupted, due], dtype=torch.float32, device=args.device)
+        stop, save = self.interrupted, time.monotonic() - self.saved >= self.interval
         if args.world_size > 1:
             # All processes save and stop together, or wait for each other for ever.
             if state.global_step % AGREE_EVERY:
                 return
+            asked = torch.tensor([stop, save], dtype=torch.float32, device=args.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-        stop, save = asked.bool().tolist()
+            stop, save = asked.bool().tolist()
         self.interrupted = self.interrupted or stop
         if stop or save:
             control.should_save = True

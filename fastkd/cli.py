@@ -74,16 +74,19 @@ def _distill(flags: list[str]) -> int:
         demo.run()
         return 0
     from fastkd.training.config import parse
+
+    config = parse(flags)
     from fastkd.training.run import distill
 
-    return 130 if distill(parse(flags)).interrupted else 0
+    return 130 if distill(config).interrupted else 0
 
 
 def _generate(flags: list[str]) -> int:
     from fastkd.training.config import read
-    from fastkd.training.generate import generate
 
     (chosen,) = read(flags, [settings.GenerateSettings], {})
+    from fastkd.training.generate import generate
+
     generate(chosen)
     return 0
 

@@ -1,9 +1,9 @@
 """`fastkd distill` without arguments: what is a teacher worth to a small student?
 
-Two equal students find out: fresh Llamas of a million parameters, trained by `distill` on the same
-sequences from the same weights, one on cross-entropy alone, the other on the distributions of the
-small teacher that comes with the package. The text is the source code of Python's own standard
-library; the modules that all are scored on were never trained on.
+Two equal students find out: fresh Llamas of a million parameters, trained on the same sequences
+from the same weights, one on cross-entropy alone, the other on the distributions of the small
+teacher that comes with the package. The text is the source code of Python's own standard library;
+the modules that all are scored on were never trained on. The loop is `fastkd.recipes.train`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastkd.demo.corpus import stdlib_texts
 
-if TYPE_CHECKING:
-    from fastkd.training.train import Run
-
 TEACHER = Path(__file__).parent / "teacher"
 STEPS, BATCH, LENGTH = 120, 8, 256
+WARMUP, LEARNING_RATE, EVAL_EVERY = 0.1, 3e-3, 40
 HELD_OUT_CHARACTERS = 2_500  # of each held-out file
 PROMPT = "def read_lines(path):\n"
 NAMES = ("teacher", "student, cross-entropy", "student, distilled")
 
 
 def run(output: str = "fastkd-demo", steps: int = STEPS) -> dict[str, Any]:
-    """Train and score both students on the CPU, offline; about three minutes on two cores.
+    """Train and score both students on the CPU, offline; a minute or two on two cores.
 
     Args:
         output: folder for everything; what an earlier demonstration left there is replaced.
@@ -40,115 +38,157 @@ def run(output: str = "fastkd-demo", steps: int = STEPS) -> dict[str, Any]:
         What `results.json` holds: scores, times, samples and memory.
 
     Raises:
-        InputError: this installation lacks the teacher, or Python the sources of its library.
+        InputError: this installation lacks the teacher, or Python the sources of its library; the
+            folder holds other things.
     """
     # The libraries read these when first imported; nothing here needs the network or a GPU.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    from fastkd.training.config import DistillConfig, InputError
-    from fastkd.training.train import distill
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastkd.recipes import LM, Distil, evaluate
+    from fastkd.training.errors import InputError
+    from fastkd.training.outputs import Folder
 
     if not (TEACHER / "model.safetensors").exists():
         raise InputError(f"this installation lacks the demonstration's teacher, {TEACHER}")
     started = time.perf_counter()
-    folder = Path(output)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    folder = Folder(output, overwrite=True)
+    folder.begin()
     print(__doc__)
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     try:
-        _write_corpus(folder / "data")
+        texts, held_out = _texts()
     except FileNotFoundError as error:
         raise InputError(str(error)) from error
-    _write_fresh_student(folder / "fresh")
-    settings = DistillConfig(
-        student=str(folder / "fresh"),
-        data=str(folder / "data" / "train.jsonl"),
-        eval_data=str(folder / "data" / "held_out.jsonl"),
-        overwrite=True,
-        max_length=LENGTH,
-        max_steps=steps,
-        batch_size=BATCH,
-        learning_rate=3e-3,
-        warmup_ratio=0.1,
-        dtype="float32",
-        eval_steps=40,
-        save_steps=0,
-    )
-    alone = replace(settings, output=str(folder / "cross-entropy"), alpha=0.0)
-    taught = replace(settings, output=str(folder / "distilled"), alpha=1.0, teacher=str(TEACHER))
-    runs = {name: distill(config) for name, config in zip(NAMES[1:], (alone, taught), strict=True)}
+    rows, held_out = (_encoded(x, tokenizer) for x in (texts, held_out))
+    print(f"{len(rows):,} sequences of up to {LENGTH} tokens; {len(held_out):,} held out\n")
+    teacher = LM(AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval())
+    objectives = {NAMES[1]: (None, Distil(alpha=0.0)), NAMES[2]: (teacher, Distil())}
 
-    print("\nScoring the three models, and measuring the memory of one loss.")
-    folders = {NAMES[0]: TEACHER} | {name: done.output for name, done in runs.items()}
-    models = _score(folders, settings)
-    for name, done in runs.items():
-        models[name]["training_seconds"] = done.seconds
-    _plot(runs, models[NAMES[0]]["perplexity"], folder / "curves.png")
+    models = {NAMES[0]: evaluate(teacher, _in_order(held_out, tokenizer))}
+    models[NAMES[0]]["sample"] = _sample(teacher.model, tokenizer)
+    histories, taught = {}, None
+    for name, (teaches, objective) in objectives.items():
+        student = LM(_fresh_student(tokenizer))
+        histories[name], seconds = _train(
+            student, teaches, objective, (rows, held_out, tokenizer), name, steps
+        )
+        models[name] = evaluate(student, _in_order(held_out, tokenizer), teacher)
+        models[name] |= {"training_seconds": seconds, "sample": _sample(student.model, tokenizer)}
+        taught = student.model
+    folder.fill(lambda path: (taught.save_pretrained(path), tokenizer.save_pretrained(path)))
+
+    print("\nMeasuring the memory of one loss.")
+    _plot(histories, models[NAMES[0]]["perplexity"], folder.own("curves.png"))
     results = {
         "models": models,
         "loss_peak_mb": {kind: _loss_memory(kind) for kind in ("naive", "fastkd")},
         "tokens_seen": steps * BATCH * LENGTH,
         "seconds": time.perf_counter() - started,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    _report(results, folder, runs[NAMES[2]].output)
+    folder.text("results.json", json.dumps(results, indent=2))
+    folder.finish()
+    _report(results, folder.path)
     return results
 
 
-def _write_corpus(folder: Path) -> None:
+def _texts() -> tuple[list[str], list[str]]:
+    """To train on, and held out: the middle of each file, for files begin alike."""
     held_out = []
     for text in stdlib_texts(held_out=True):
-        start = text.find("\n", len(text) // 2) + 1  # the middle: files begin alike
+        start = text.find("\n", len(text) // 2) + 1
         held_out.append(text[start : start + HELD_OUT_CHARACTERS])
-    for name, texts in (("train", stdlib_texts(held_out=False)), ("held_out", held_out)):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return stdlib_texts(held_out=False), held_out
 
 
-def _write_fresh_student(folder: Path) -> None:
+def _encoded(texts: list[str], tokenizer: Any) -> Any:
+    from datasets import Dataset, disable_progress_bars
+
+    from fastkd.training.data import encode
+
+    disable_progress_bars()
+    return encode(Dataset.from_dict({"text": texts}), tokenizer, LENGTH, packing=True)
+
+
+def _fresh_student(tokenizer: Any) -> Any:
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     end = tokenizer.eos_token_id
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=3, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return LlamaForCausalLM(config)
 
 
-def _score(folders: dict[str, Path], settings: Any) -> dict[str, dict[str, Any]]:
-    """Held-out scores of each model against the first, and how it continues the prompt."""
+def _train(
+    student: Any, teacher: Any, objective: Any, data: tuple, name: str, steps: int
+) -> tuple[list[dict], float]:
+    """The log, with evaluations, and the seconds of training alone."""
     import torch
-    from accelerate import Accelerator
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import get_cosine_schedule_with_warmup
 
-    from fastkd.training.data import Collator, encode, eval_batches, load_rows
-    from fastkd.training.evaluate import evaluate
+    from fastkd.recipes import Recipe, evaluate, train
 
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    rows = encode(load_rows(settings.eval_data), tokenizer, LENGTH)
-    collate = Collator(tokenizer.pad_token_id)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    teacher, scores = None, {}  # the teacher comes first, and is scored against nothing
-    for name, folder in folders.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        batches = eval_batches(rows, collate, BATCH, 1, 0)
-        scores[name] = evaluate(model, batches, Accelerator(), teacher)
-        teacher = teacher or model
-        torch.manual_seed(0)
-        ids = model.generate(**prompt, max_new_tokens=48, do_sample=True, temperature=0.7, top_k=20)
-        scores[name]["sample"] = tokenizer.decode(ids[0], skip_special_tokens=True)
-    return scores
+    rows, held_out, tokenizer = data
+    optimizer = torch.optim.AdamW(student.model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    recipe = Recipe(_shuffled(rows, tokenizer, seed=0), teacher, objective)
+    history, seconds = [], 0.0
+    student.model.train()
+    for done in range(0, steps, EVAL_EVERY):
+        before = time.perf_counter()
+        part = train(student, recipe, optimizer, min(EVAL_EVERY, steps - done))
+        seconds += time.perf_counter() - before
+        history += [row | {"step": row["step"] + done} for row in part]
+        scores = evaluate(student, _in_order(held_out, tokenizer))
+        history[-1] |= {f"eval_{key}": x for key, x in scores.items()}
+        last = history[-1]
+        print(
+            f"{name:<23} step {last['step']:>4}  cross-entropy {last['ce']:.3f}"
+            f"  held-out perplexity {last['eval_perplexity']:,.0f}",
+            flush=True,
+        )
+    return history, seconds
+
+
+def _shuffled(rows: Any, tokenizer: Any, seed: int) -> Iterator[list[dict]]:
+    """A step's one micro-batch after the other, for ever; the same for the same seed."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from fastkd.training.data import collator
+
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        rows, BATCH, shuffle=True, drop_last=True, collate_fn=collator(tokenizer),
+        generator=generator,
+    )  # fmt: skip
+    while True:
+        for batch in loader:
+            yield [batch]
+
+
+def _in_order(rows: Any, tokenizer: Any) -> Any:
+    from torch.utils.data import DataLoader
+
+    from fastkd.training.data import collator
+
+    return DataLoader(rows, BATCH, collate_fn=collator(tokenizer))
+
+
+def _sample(model: Any, tokenizer: Any) -> str:
+    from fastkd.recipes import generate
+
+    ((_, text),) = generate(
+        model, tokenizer, [PROMPT], max_new_tokens=48, temperature=0.7, top_k=20
+    )
+    return PROMPT + text
 
 
 def _loss_memory(kind: str) -> float:
@@ -160,26 +200,23 @@ def _loss_memory(kind: str) -> float:
     return float(done.stdout)
 
 
-def _plot(runs: dict[str, Run], teacher_perplexity: float, path: Path) -> None:
-    import matplotlib
+def _plot(histories: dict[str, list[dict]], teacher_perplexity: float, path: Path) -> None:
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, done in runs.items():
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, history in histories.items():
         for axes, key in ((left, "ce"), (right, "eval_perplexity")):
-            points = [(row["step"], row[key]) for row in done.history if key in row]
+            points = [(row["step"], row[key]) for row in history if key in row]
             axes.plot(*zip(*points, strict=True), marker=".", label=name)
     left.set(xlabel="step", ylabel="cross-entropy, nats per token", title="training text")
     right.axhline(teacher_perplexity, color="gray", linestyle="--", label="teacher")
     right.set(xlabel="step", ylabel="perplexity", yscale="log", title="held-out text")
     right.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
-def _report(results: dict[str, Any], folder: Path, model: Path) -> None:
+def _report(results: dict[str, Any], folder: Path) -> None:
     columns = ("perplexity", "KL to teacher", "top-1 agreement", "training, s")
     print("\nHeld-out text" + " " * 11 + "".join(f"{column:>17}" for column in columns))
     for name, scores in results["models"].items():
@@ -204,7 +241,7 @@ def _report(results: dict[str, Any], folder: Path, model: Path) -> None:
     for name, scores in results["models"].items():
         print(f"--- {name}\n{scores['sample']}\n")
     print(
-        f"{results['seconds']:.0f} s in all. In {folder}: results.json, curves.png, both students."
-        " To load one:"
+        f"{results['seconds']:.0f} s in all. In {folder}: results.json, curves.png and the"
+        " distilled student. To load it:"
     )
-    print(f'    transformers.AutoModelForCausalLM.from_pretrained("{model}")')
+    print(f'    transformers.AutoModelForCausalLM.from_pretrained("{folder}")')

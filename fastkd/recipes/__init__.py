@@ -3,6 +3,7 @@
 A recipe = what is read x what the teacher says of it x what is learnt: see recipe.py.
 """
 
+from fastkd.recipes.evaluate import evaluate
 from fastkd.recipes.hidden import Hidden
 from fastkd.recipes.lm import LM, find_head, shifts_labels
 from fastkd.recipes.objectives import Distil, Plus
@@ -30,6 +31,7 @@ __all__ = [
     "Recipe",
     "Steps",
     "Teacher",
+    "evaluate",
     "find_head",
     "generate",
     "shifts_labels",

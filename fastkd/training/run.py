@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastkd.integrations.transformers import DistillationTrainer
-from fastkd.recipes import LM, Distil, OnPolicy
-from fastkd.recipes.lm import shifts_labels
+from fastkd.recipes import LM, Batch, OnPolicy, evaluate
+from fastkd.recipes.lm import TEACHERS_PREFIX
 from fastkd.training.build import check_settings, make_objective
 from fastkd.training.config import Config
 from fastkd.training.curves import draw
@@ -319,22 +318,24 @@ def _seconds(result: Any) -> float:
     return result.metrics.get("train_runtime", 0.0)
 
 
-@torch.no_grad()
 def _perplexities(trainer: DistillationTrainer, teachers: list[Any]) -> Iterator[float]:
-    """Of each teacher, on the held-out data."""
+    """Of each teacher, on this process's part of the held-out data."""
     for teacher in teachers:
-        sums = torch.zeros(2, dtype=torch.float64)
-        objective = Distil(shifts_labels(teacher), alpha=0.0)
-        lm = LM(teacher.to(trainer.args.device))
-        for batch in trainer.get_eval_dataloader():
-            batch = trainer._prepare_inputs(batch)
-            own = {k.removeprefix("teacher_"): x for k, x in batch.items() if k[:8] == "teacher_"}
-            batch = own or batch
-            n = objective.counts(batch)
-            found = objective(lm(batch), None, batch, torch.ones_like(n), 0.0).measures["ce"]
-            sums += torch.stack([found.double(), n[0].double()]).cpu()
-        total, count = trainer.accelerator.reduce(sums.to(trainer.args.device), "sum").tolist()
-        yield math.exp(min(total / max(count, 1), 700.0))
+        batches = map(
+            _as_the_teacher_reads, map(trainer._prepare_inputs, trainer.get_eval_dataloader())
+        )
+        with trainer.accelerator.autocast():
+            yield evaluate(LM(teacher), batches).get("perplexity", math.nan)
+
+
+def _as_the_teacher_reads(batch: Batch) -> Batch:
+    """With a prompt of its own, if it has one."""
+    own = {
+        name.removeprefix(TEACHERS_PREFIX): x
+        for name, x in batch.items()
+        if name.startswith(TEACHERS_PREFIX)
+    }
+    return own or batch
 
 
 def _finish(trainer: FolderTrainer, folder: Folder, result: Any, say: Any) -> Run:

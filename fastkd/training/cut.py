@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd.recipes.lm import run
 from fastkd.training.errors import InputError
 
 WAYS = "every=2 keeps layers 0, 2, 4, …; first=6 the first six; layers=0,3,5 these"
@@ -109,7 +110,7 @@ def keep_layers(teacher: nn.Module, spec: str) -> nn.Module:
         if hasattr(module, "config"):
             module.config = new.get(id(module.config), module.config)
     ids = torch.arange(8)[None] % config.get_text_config().vocab_size
-    logits = [model.eval()(input_ids=ids).logits for model in (student, teacher)]
+    logits = [run(model.eval(), None, {"input_ids": ids})[0] for model in (student, teacher)]
     if not torch.equal(*logits):
         raise refused
     return student
@@ -119,10 +120,12 @@ def _alike(made: nn.Module, kept: nn.Module) -> bool:
     """Whether layers have the settings of those they come from: a short text does not tell a
     sliding window."""
     for x, y in zip(made.modules(), kept.modules(), strict=True):
+        others = vars(y)
         for key, value in vars(x).items():
-            simple = isinstance(value, bool | int | float | str | None) and key != "training"
-            if simple and key not in ("layer_idx", "layer_id") and vars(y).get(key) != value:
-                return False
+            place = key in ("layer_idx", "layer_id", "training") or key.startswith("_")
+            if not place and isinstance(value, bool | int | float | str | None):
+                if others.get(key) != value:
+                    return False
     return True
 
 

@@ -81,8 +81,8 @@ class LM:
       ids of packed documents would be ignored; no `logits_to_keep`: the labels say what counts;
     - no `teacher_…`, which are of a teacher with its own prompt (`Prompted`);
     - what tokenizers add (`token_type_ids`, …) only where the model's forward pass names it, so
-      that the teacher may know it and the student not. Whatever else a model does not know is its
-      own error, not dropped;
+      that one of the two may know it and the other not. All else is given to both: nothing that
+      would be missed is dropped;
     - of an encoder with a decoder, `decoder_input_ids` made from the labels, by the model's own
       rule, where there are none.
 
@@ -442,8 +442,8 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs)
         if not given:
             inputs["decoder_input_ids"] = _shifted(owner, batch["labels"])
-    if getattr(owner.config, "return_dict", True) is False:  # a tuple does not say what is what
-        inputs["return_dict"] = True
+    if "output_router_logits" in known and getattr(owner.config, "output_router_logits", False):
+        inputs.setdefault("output_router_logits", True)  # some read only this
     return inputs
 
 

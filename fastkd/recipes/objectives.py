@@ -118,7 +118,8 @@ class Plus(nn.Module):
         Plus(Distil(shift=False), Hidden("cosine"), 0.1)
 
     Each is averaged over what it counts itself. Measures are those of both, without the weight; a
-    name that both have gets a number: "kd", "kd_2".
+    name that both have gets a number: "kd", "kd_2". A student's auxiliary loss is added by the
+    first that reads logits.
 
     Args:
         objective, term: whose parameters, where they are modules, are this one's.
@@ -132,9 +133,11 @@ class Plus(nn.Module):
         super().__init__()
         self.objective, self.term, self.weight = objective, term, weight
         self.hidden_states = objective.hidden_states or term.hidden_states
-        self._weight_at(0.0)
-        if all(getattr(x, "logits", True) for x in (objective, term)):
+        reads = [getattr(x, "logits", True) for x in (objective, term)]
+        self.logits = any(reads)
+        if all(reads):
             keep_logits(self)  # the first must not overwrite what the second reads
+        self._weight_at(0.0)
 
     def _weight_at(self, progress: float) -> float | Tensor:
         weight = value_at(self.weight, progress)
@@ -154,8 +157,11 @@ class Plus(nn.Module):
         progress: float = 0.0,
     ) -> Learnt:
         k = len(self.objective.counts(batch))
+        once = student
+        if getattr(self.objective, "logits", True):
+            once = student._replace(auxiliary=None)  # the first has added it
         loss, measures = self.objective(student, teacher, batch, num_items[:k], progress)
-        more, others = self.term(student, teacher, batch, num_items[k:], progress)
+        more, others = self.term(once, teacher, batch, num_items[k:], progress)
         for name, x in others.items():
             key, number = name, 2
             while key in measures:

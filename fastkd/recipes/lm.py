@@ -1,9 +1,10 @@
-"""A causal LM as a source of logits; without a (tokens, vocabulary) tensor, where its head alone
-makes them."""
+"""A language model as a source of logits; without a (tokens, vocabulary) tensor, where its head
+alone makes them."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
@@ -20,12 +21,21 @@ from fastkd.sources import LMHead
 # What configurations call the factor of the head's product, or its inverse, and the softcap.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-AUXILIARY = ("router_aux_loss_coef", "aux_loss_coef")  # factors of a model's auxiliary loss
+# What outputs call a model's auxiliary losses, and its configuration their factor.
+AUXILIARY = (
+    (
+        ("aux_loss", "encoder_aux_loss", "decoder_aux_loss"),
+        ("router_aux_loss_coef", "aux_loss_coef"),
+    ),
+    (("encoder_z_loss", "decoder_z_loss"), ("router_z_loss_coef",)),
+)
 PROBE_TOKENS = 8
 # Wrappers of which the head is not seen: compiled, sharded, copied to other devices.
 WHOLE = ("OptimizedModule", "FullyShardedDataParallel", "DataParallel")
 TEACHERS_PREFIX = "teacher_"  # of a teacher that reads another prompt
 LABELS = ("labels", "shift_labels")  # with these a model computes its own loss
+# What tokenizers and collators add, and a model gets only where its forward pass names it.
+EXTRAS = ("token_type_ids", "special_tokens_mask", "length")
 
 # Of each causal LM: what the answer rests on, objects and numbers; the answer of `_probe`.
 _known: WeakKeyDictionary[nn.Module, tuple[tuple, tuple, tuple | None]] = WeakKeyDictionary()
@@ -55,14 +65,28 @@ class LM:
     """A language model as a student, or a teacher: a batch in, `Outputs` out.
 
     Args:
-        model: a language model with a head, wrapped or not (DDP, FSDP, peft, torch.compile). Modes
-            are not changed: call `model.eval()` on a teacher. Called without a cache, with which
-            the position ids of packed documents would be ignored, and without labels.
+        model: a language model with a head, causal, masked, or an encoder with a decoder; wrapped
+            or not (DDP, FSDP, peft, torch.compile). Modes are not changed: call `model.eval()` on a
+            teacher.
         logits: "auto": made from the hidden states a chunk at a time, where the head alone makes
             them and that takes less memory; "whole": the model's own, as one tensor. See `chunks`.
 
     Raises:
-        ValueError: `logits` is neither "auto" nor "whole".
+        ValueError: `logits` is neither "auto" nor "whole"; in a call: a model that would add an
+            auxiliary loss to its own, and does not return it.
+
+    The batch's keys are the model's keyword arguments, with these differences:
+
+    - no labels, with which it would compute a loss of its own; no cache, with which the position
+      ids of packed documents would be ignored; no `logits_to_keep`: the labels say what counts;
+    - no `teacher_…`, which are of a teacher with its own prompt (`Prompted`);
+    - what tokenizers add (`token_type_ids`, …) only where the model's forward pass names it, so
+      that one of the two may know it and the other not. All else is given to both: nothing that
+      would be missed is dropped;
+    - of an encoder with a decoder, `decoder_input_ids` made from the labels, by the model's own
+      rule, where there are none.
+
+    Hidden states are those of a decoder alone or an encoder alone; None where there are both.
     """
 
     def __init__(self, model: nn.Module, logits: str = "auto"):
@@ -71,10 +95,8 @@ class LM:
         self.model, self.logits = model, logits
 
     def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
-        head = None
-        if self.logits == "auto":
-            head = find_head(self.model)
-            head = head if head is not None and chunks(head, batch) else None
+        head = find_head(self.model) if self.logits == "auto" else None
+        head = head if head is not None and chunks(head, batch) else None
         inputs = _inputs(self.model, batch)
         if hidden_states:
             inputs["output_hidden_states"] = True
@@ -86,12 +108,17 @@ class LM:
 def chunks(head: Head, batch: Batch) -> bool:
     """Whether a batch's logits are better made in chunks.
 
-    Whole, they and their gradient take T V numbers on each side. In chunks a head that is trained
-    needs its gradient, V H numbers, before the backward pass frees the activations: more, at few
-    tokens. Measured on whole steps the two meet near T = H. A frozen head has no gradient.
+    Whole, they and their gradient take T V numbers on each side. In chunks, a head that is trained
+    needs its gradient, V H numbers, already in the forward pass, beside the activations: more, at
+    few tokens. So T > H is the rule. Measured were whole steps of two models only: at H = 640,
+    V = 262,144 whole logits took less memory with 512 tokens, chunks with 1024; at H = 576 they
+    took less with 256. Without a gradient of the head (frozen, a teacher, evaluation) chunks never
+    take more.
     """
-    tokens = batch["input_ids"].numel()
-    return tokens > head.linear.in_features or not head.linear.weight.requires_grad
+    ids = batch["input_ids"] if "input_ids" in batch else batch["labels"]
+    weight = head.linear.weight
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return ids.numel() > head.linear.in_features or not trained
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -102,7 +129,7 @@ def shifts_labels(model: nn.Module) -> bool:
     owner = causal_lm(model)
     if owner is None:
         return True
-    masked = type(owner).__name__ in MASKED.values()
+    masked = any(kind.__name__ in MASKED.values() for kind in type(owner).__mro__)
     return not (masked or getattr(owner.config, "is_encoder_decoder", False))
 
 
@@ -140,9 +167,11 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
 
     The configuration only names candidates for scale and softcap. What the model makes of a few
     tokens of `ids` (N, length) decides, under the autocast of the caller; default: the first of its
-    vocabulary. That costs two forward passes of 8 tokens of the model without its wrappers, in
-    evaluation mode; modes and random states are left as they were. The answer is kept for as long
-    as the model has this head, with this weight.
+    vocabulary that the configuration gives no meaning (images).
+
+    Cost: two forward passes of 8 tokens of the model without its wrappers, in evaluation mode, the
+    first time; modes and random states are left as they were. The answer is kept for as long as
+    the model has this head, with this weight: later calls look at the modules, and run nothing.
     """
     owner = causal_lm(model)
     linear = None if owner is None else owner.get_output_embeddings()
@@ -162,7 +191,7 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
     refs, known, found = _known.get(owner, ((), (), None))
     if known != numbers or any(x is not y() for x, y in zip(objects, refs, strict=True)):
         if ids is None:
-            ids = torch.arange(PROBE_TOKENS)[None] % linear.out_features
+            ids = _plain_ids(owner, linear.out_features)
         found = _probe(owner, linear, ids, scales, softcaps)
         refs = tuple((lambda: None) if x is None else ref(x) for x in objects)
         _known[owner] = refs, numbers, found
@@ -188,17 +217,11 @@ def _probe(
             own = _logits(model(input_ids=ids, **cache))
         return seen, own
 
-    modes = {module: module.training for module in model.modules()}
     gpus = [ids.device.index] if ids.device.type == "cuda" else []
-    try:
-        model.eval()
-        with torch.random.fork_rng(gpus):
-            probes = [run(1.0)]
-            # And larger logits: a cap that small ones do not feel would be missed.
-            probes.append(run(100 / max(probes[0][1].abs().max().item(), 1e-3)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.random.fork_rng(gpus):
+        probes = [run(1.0)]
+        # And larger logits: a cap that small ones do not feel would be missed.
+        probes.append(run(100 / max(probes[0][1].abs().max().item(), 1e-3)))
     if any(len(seen) != 1 for seen, _ in probes):
         return None
     for softcap, scale in product([*softcaps, None], [*scales, *(1 / x for x in scales), 1.0]):
@@ -207,6 +230,30 @@ def _probe(
         if all(_agree(z, own, softcap, scale) for (z,), own in probes):
             return softcap, scale
     return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module's own is back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _plain_ids(owner: nn.Module, size: int) -> Tensor:
+    """(1, 8) ids that stand for themselves: not for an image, nor the end of the text."""
+    special = set()
+    for config in (owner.config, owner.config.get_text_config()):
+        for name, x in vars(config).items():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(x if isinstance(x, list | tuple) else [x])
+    plain = [i for i in range(min(size, PROBE_TOKENS + len(special))) if i not in special]
+    plain = plain or list(range(size))
+    return torch.tensor([(plain * PROBE_TOKENS)[:PROBE_TOKENS]])
 
 
 def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:
@@ -297,8 +344,13 @@ def run(
 
 def _takes_use_cache(model: nn.Module) -> bool:
     """Whether the language model inside knows the word: some without a cache refuse it."""
-    known = inspect.signature(type(causal_lm(model) or model).forward).parameters.values()
-    return any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known)
+    known = _parameters(model)
+    return "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of the forward pass of the language model inside."""
+    return inspect.signature(type(causal_lm(model) or model).forward).parameters
 
 
 class _Tied(torch.autograd.Function):
@@ -351,16 +403,67 @@ def _agree(product: Tensor, own: Tensor, softcap: float | None, scale: float) ->
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The model's own keyword arguments of a batch."""
-    return {k: x for k, x in batch.items() if k not in LABELS and not k.startswith(TEACHERS_PREFIX)}
+    """The model's own keyword arguments of a batch; see `LM`."""
+    known = _parameters(model)
+    inputs = {
+        name: x
+        for name, x in batch.items()
+        if name not in (*LABELS, "logits_to_keep")
+        and not name.startswith(TEACHERS_PREFIX)
+        and (name not in EXTRAS or name in known)
+    }
+    owner = causal_lm(model)
+    if owner is None:
+        return inputs
+    if getattr(owner.config, "is_encoder_decoder", False):
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs)
+        if not given:
+            inputs["decoder_input_ids"] = _shifted(owner, batch["labels"])
+    if "output_router_logits" in known and getattr(owner.config, "output_router_logits", False):
+        inputs.setdefault("output_router_logits", True)  # some read only this
+    return inputs
+
+
+def _shifted(owner: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder reads where it learns `labels`, by the model's own rule."""
+    own = getattr(owner, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own(labels=labels)
+    shift = getattr(sys.modules[type(owner).__module__], "shift_tokens_right", None)
+    if shift is None:
+        raise ValueError(
+            f"{type(owner).__name__} does not say how its decoder reads labels: put"
+            " decoder_input_ids into the batch"
+        )
+    return shift(labels, owner.config.pad_token_id, owner.config.decoder_start_token_id)
 
 
 def _auxiliary(model: nn.Module, output: Any) -> Tensor | None:
-    """What the model would add to its own loss, with its own factor."""
-    loss = getattr(output, "aux_loss", None)
-    if not isinstance(loss, Tensor):
+    """What the model would add to its own loss, with its own factors."""
+    owner = causal_lm(model)
+    if owner is None:
         return None
-    owner = causal_lm(model) or model
     places = owner, owner.config, owner.config.get_text_config()
-    found = (getattr(place, name, None) for place in places for name in AUXILIARY)
-    return next(x for x in found if x is not None) * loss
+
+    def first(names):
+        found = (getattr(place, name, None) for place in places for name in names)
+        return next((x for x in found if x is not None), None)
+
+    total = None
+    for names, factors in AUXILIARY:
+        for name in names:
+            loss, factor = getattr(output, name, None), first(factors)
+            if isinstance(loss, Tensor):
+                if factor is None:
+                    raise ValueError(
+                        f"{type(owner).__name__} returns {name}, and its configuration has no"
+                        f" {' or '.join(factors)}"
+                    )
+                total = factor * loss + (0 if total is None else total)
+    if total is None and first(("output_router_logits",)) and torch.is_grad_enabled():
+        raise ValueError(
+            f"{type(owner).__name__} is set to balance its experts (output_router_logits), but its"
+            " balancing loss is not among its outputs: set output_router_logits=False to train"
+            " without"
+        )
+    return total

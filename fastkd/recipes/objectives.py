@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd.divergences import Divergence
 from fastkd.loss import KDLoss
-from fastkd.recipes.recipe import Batch, Learnt, Outputs
-from fastkd.sources import Source
+from fastkd.recipes.recipe import Batch, Learnt, Objective, Outputs
+from fastkd.sources import Ensemble, Source
+from fastkd.sources.dense import as_source
 
 IGNORED = -100
 MEASURES = {  # what a log calls the parts of the loss
@@ -30,16 +32,21 @@ class Distil:
     """`kd_loss` as an objective: the student's logits under the teacher's, and the labels.
 
     `temperature`, `alpha` and `divergence` may be schedules: functions of the progress in [0, 1],
-    as `schedules.Linear(4, 1)`. Without a teacher alpha is 0.
+    as `schedules.Linear(4, 1)` or `schedules.taid(0.1, 0.9)`. Without a teacher alpha is 0. A
+    student's auxiliary loss (the balance of a mixture of experts) is added, weighted as the
+    micro-batch is in the step.
 
     Args:
         shift: True: position i predicts label i + 1, as in causal language models; False: label i,
-            as in encoder-decoders and masked language models.
-        divergence, temperature, alpha: `kd_loss`'s, or functions from the progress to one.
-        **settings: the other keywords of `KDLoss`.
+            as in encoder-decoders and masked language models (`fastkd.recipes.shifts_labels`).
+        divergence, temperature, alpha: `kd_loss`'s, or functions from the progress to one. Numbers
+            may be 0-d tensors.
+        **settings: the other keywords of `KDLoss`. `inplace` is on unless it is set: whole logits
+            of the student are overwritten by their gradient.
 
     Raises:
-        TypeError, ValueError: settings that `kd_loss` would refuse, as they are at the start.
+        TypeError, ValueError: settings that `kd_loss` would refuse, as they are at the start; in a
+            call, `kd_loss`'s own, and a teacher that answers for another number of positions.
 
     Where both models' logits are made by their heads, only the positions that count go through
     them: of instruction data often less than half.
@@ -64,10 +71,10 @@ class Distil:
         self.settings = {"inplace": True} | settings
         self.at(0.0)
 
-    def at(self, progress: float) -> KDLoss:
-        """The loss at a progress in [0, 1]."""
-        now = {k: x(progress) if _is_schedule(x) else x for k, x in self.scheduled.items()}
-        return KDLoss(**now, **self.settings, return_parts=True)
+    def at(self, progress: float, **others: Any) -> KDLoss:
+        """The loss at a progress in [0, 1]; `others` replace settings."""
+        now = {name: value_at(x, progress) for name, x in self.scheduled.items()}
+        return KDLoss(**(now | self.settings | others), return_parts=True)
 
     def targets(self, batch: Batch) -> Tensor:
         """(N, length) labels of what the logits predict, -100 where nothing is."""
@@ -85,26 +92,91 @@ class Distil:
         progress: float = 0.0,
     ) -> Learnt:
         labels = self.targets(batch)
+        counts = labels != IGNORED
         s, t = student.logits, None if teacher is None else teacher.logits
         counted = teacher is not None and teacher.counted
+        if counted:
+            check_counted(t, counts)
         if counted or all(x is None or isinstance(x, Source) for x in (s, t)):
-            counts = labels != IGNORED
             s, labels = rows_of(s, counts), labels[counts]
             t = t if counted or t is None else rows_of(t, counts)
-        loss = self.at(progress)
-        if t is None:
-            loss.settings |= {"alpha": 0.0}
-        loss.settings["ignore_index"] = IGNORED
-        parts = loss(s, t, labels, num_items=num_items[0])
+        others = {"ignore_index": IGNORED} | ({"alpha": 0.0} if t is None else {})
+        parts = self.at(progress, **others)(s, t, labels, num_items=num_items[0])
         found = {name: getattr(parts, field) for name, field in MEASURES.items()}
         measures = {name: x.detach() for name, x in found.items() if x is not None}
         total = parts.loss
         if student.auxiliary is not None:
             # Its share of the step, as every other part's.
-            share = self.counts(batch)[0] / num_items[0].clamp(min=1)
-            added = student.auxiliary * share
+            added = student.auxiliary * (counts.sum() / num_items[0].clamp(min=1))
             total, measures["auxiliary"] = total + added, added.detach()
         return Learnt(total, measures)
+
+
+class Plus(nn.Module):
+    """Two objectives as one: loss = objective + weight · term. Three are two of them.
+
+        Plus(Distil(shift=False), Hidden("cosine"), 0.1)
+
+    Each is averaged over what it counts itself. Measures are those of both, without the weight; a
+    name that both have gets a number: "kd", "kd_2". A student's auxiliary loss is added by the
+    first that reads logits.
+
+    Args:
+        objective, term: whose parameters, where they are modules, are this one's.
+        weight: a number that is not negative, or a function from the progress to one.
+
+    Raises:
+        ValueError: a weight that is negative or not finite.
+    """
+
+    def __init__(self, objective: Objective, term: Objective, weight: Scheduled = 1.0):
+        super().__init__()
+        self.objective, self.term, self.weight = objective, term, weight
+        self.hidden_states = objective.hidden_states or term.hidden_states
+        reads = [getattr(x, "logits", True) for x in (objective, term)]
+        self.logits = any(reads)
+        if all(reads):
+            keep_logits(self)  # the first must not overwrite what the second reads
+        self._weight_at(0.0)
+
+    def _weight_at(self, progress: float) -> float | Tensor:
+        weight = value_at(self.weight, progress)
+        if not isinstance(weight, Tensor) and not 0 <= weight < float("inf"):
+            raise ValueError(f"the weight of a term must be finite and not negative, got {weight}")
+        return weight
+
+    def counts(self, batch: Batch) -> Tensor:
+        return torch.cat([self.objective.counts(batch), self.term.counts(batch)])
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        num_items: Tensor,
+        progress: float = 0.0,
+    ) -> Learnt:
+        k = len(self.objective.counts(batch))
+        once = student
+        if getattr(self.objective, "logits", True):
+            once = student._replace(auxiliary=None)  # the first has added it
+        loss, measures = self.objective(student, teacher, batch, num_items[:k], progress)
+        more, others = self.term(once, teacher, batch, num_items[k:], progress)
+        for name, x in others.items():
+            key, number = name, 2
+            while key in measures:
+                key, number = f"{name}_{number}", number + 1
+            measures[key] = x
+        return Learnt(loss + self._weight_at(progress) * more, measures)
+
+
+def keep_logits(objective: Objective) -> None:
+    """Have an objective leave the student's logits as they are, for who reads them after it."""
+    if isinstance(objective, Plus):
+        keep_logits(objective.objective)
+        keep_logits(objective.term)
+    elif isinstance(objective, Distil):
+        objective.settings["inplace"] = False
 
 
 def targets(batch: Batch, shift: bool, ignore_index: int = IGNORED) -> Tensor:
@@ -122,6 +194,10 @@ def rows_of(source: Tensor | Source, counts: Tensor) -> Tensor | Source:
     """The positions of a source where `counts`, of its leading shape, is True: (n,) of them."""
     if isinstance(source, Tensor):
         return source[counts]
+    if isinstance(source, Ensemble):
+        weights = [w[counts] if isinstance(w, Tensor) else w for w in source.weights]
+        members = [rows_of(member, counts) for member in source.members]
+        return Ensemble(members, weights, mode=source.mode)
     leading = source.leading
     chosen = {}
     for field in fields(source):
@@ -134,5 +210,16 @@ def rows_of(source: Tensor | Source, counts: Tensor) -> Tensor | Source:
     return replace(source, **chosen)
 
 
-def _is_schedule(x: Any) -> bool:
-    return callable(x) and not isinstance(x, Divergence)
+def check_counted(logits: Tensor | Source, counts: Tensor) -> None:
+    """Raise where a teacher does not answer for as many positions as count."""
+    leading = as_source("teacher", logits).leading
+    if leading != (counts.sum(),):
+        raise ValueError(
+            f"{int(counts.sum())} positions of the batch count, but the teacher's answers have the"
+            f" leading shape {tuple(leading)}"
+        )
+
+
+def value_at(x: Any, progress: float) -> Any:
+    """Of a schedule, or of what stays as it is."""
+    return x(progress) if callable(x) and not isinstance(x, Divergence) else x

@@ -16,7 +16,15 @@ ABOVE = ("recipes", "integrations", "training", "cli", "demo")  # of the loss, l
 MAY = {
     "loss": (),
     "recipes": ("fastkd.recipes", "transformers"),
-    "integrations": ("fastkd.recipes", "fastkd.integrations", "transformers", "trl", "lightning"),
+    "integrations": (
+        "fastkd.recipes",
+        "fastkd.integrations",
+        "transformers",
+        "trl",
+        "lightning",
+        "accelerate",
+        "peft",
+    ),
 }
 
 

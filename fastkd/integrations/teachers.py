@@ -157,13 +157,16 @@ def _prepared(model: nn.Module, accelerator: Any) -> nn.Module:
     if getattr(accelerator, "is_fsdp2", False):
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        # It writes the names of the model's layers into the settings: the student has others.
-        own = state.fsdp_plugin
-        state.fsdp_plugin = copy.copy(own)
+        # The student's layers, by name, are written into the settings: the teacher has its own.
+        of_student = state.fsdp_plugin
+        state.fsdp_plugin = copy.copy(of_student)
+        names = [type(module).__name__ for module in model.modules()]
+        known = [x for x in getattr(model, "_no_split_modules", None) or () if x in names]
+        state.fsdp_plugin.transformer_cls_names_to_wrap = known
         try:
             return fsdp2_prepare_model(accelerator, model)
         finally:
-            state.fsdp_plugin = own
+            state.fsdp_plugin = of_student
     devices = {p.device.type for p in model.parameters()}
     stays = devices != {"cpu"} or getattr(model, "hf_device_map", None) is not None
     return model if stays else model.to(accelerator.device)

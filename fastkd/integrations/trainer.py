@@ -126,6 +126,18 @@ class DistillationMixin:
             self.args.ddp_find_unused_parameters = True
         return super()._build_accelerator_args(**kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        """An evaluation before the training has marked the model as prepared: it would not be
+        wrapped any more, and each process would train a model of its own."""
+        model = self.model
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.model_wrapped is model and not sharded:
+            for name in ("_is_accelerate_prepared", "_original_forward"):
+                found = vars(model).pop(name, None)
+            if found is not None:
+                model.forward = found
+        return super()._prepare_for_training(*args, **kwargs)
+
     # The batches of a step, and how much of them counts.
 
     def prepare_batches(self, batches: list[Batch]) -> list[Batch]:

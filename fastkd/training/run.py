@@ -109,7 +109,8 @@ def train(config: Config) -> Run:
     checkpoint = _checkpoint(folder, config)
 
     tokenizer, vocab, sizes = open_tokenizer(models)
-    check_models(models, data, args)
+    for text in check_models(models, data, args):
+        say(text)
     read = _read(config, tokenizer, sizes, data.packing)
     student, teachers = open_student(models), open_teachers(models)
     packed = "position_ids" in read.train.column_names

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastkd.recipes.lm import LM, causal_lm, shifts_labels
 from fastkd.recipes.recipe import Batch, Outputs, Teacher
-from fastkd.sources import Ensemble, Source
+from fastkd.recipes.teachers import Mixture, Prompted
+from fastkd.sources import Source
 
 
 def teacher_of(
@@ -42,36 +43,32 @@ def teacher_of(
         return None
     if not members:
         raise ValueError("teacher_model is an empty list")
-    opened = []
-    for x in members:
+
+    def opened(x):
         if isinstance(x, str | os.PathLike):
             x = open_teacher(x, student, init_kwargs)
+        if isinstance(x, LM):
+            return Frozen(x.model, student, accelerator, x.logits)
+        if isinstance(x, Mixture):
+            return Mixture([opened(y) for y in x.teachers], x.weights, x.mode)
+        if isinstance(x, Prompted):
+            return Prompted(opened(x.teacher), x.shift)
         if isinstance(x, nn.Module) and not _is_teacher(x):
-            x = Frozen(x, student, accelerator, logits)
+            return Frozen(x, student, accelerator, logits)
         if not callable(x):
             raise TypeError(
                 "teacher_model must be a model, a name or path, a list of these, or a function of"
                 f" a batch, got {type(x).__name__}"
             )
-        opened.append(x)
-    return opened[0] if len(opened) == 1 else Mixture(opened, weights, mode)
+        return x
+
+    teachers = [opened(x) for x in members]
+    return teachers[0] if len(teachers) == 1 else Mixture(teachers, weights, mode)
 
 
 def _is_teacher(module: nn.Module) -> bool:
     """Whether a module is called as a `Teacher`, with a whole batch, and not as a model."""
     return "batch" in inspect.signature(module.forward).parameters
-
-
-class Mixture:
-    """Several teachers as one, by `Ensemble`."""
-
-    def __init__(self, teachers: Sequence[Teacher], weights: Any, mode: str):
-        self.teachers, self.weights, self.mode = teachers, weights, mode
-
-    def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
-        says = [teacher(batch, hidden_states) for teacher in self.teachers]
-        mixed = Ensemble([x.logits for x in says], self.weights, mode=self.mode)
-        return Outputs(mixed, says[0].hidden_states)
 
 
 def open_teacher(

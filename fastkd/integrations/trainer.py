@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fastkd.integrations.teachers import teacher_of
+from fastkd.integrations.teachers import Frozen, teacher_of
 from fastkd.loss import KDLoss
-from fastkd.recipes.lm import LM, TEACHERS_PREFIX, causal_lm, shifts_labels
-from fastkd.recipes.objectives import Distil
+from fastkd.recipes.lm import LM, TEACHERS_PREFIX, looks_ahead, shifts_labels
+from fastkd.recipes.objectives import IGNORED, Distil, Plus
 from fastkd.recipes.recipe import Batch, Learnt, Objective, Outputs, Teacher
-from fastkd.recipes.teachers import Prompted
+from fastkd.recipes.teachers import Mixture, Prompted
 
 SETTINGS = frozenset(inspect.signature(KDLoss).parameters)
 OBJECTIVE = "objective.safetensors"  # in a checkpoint: what an objective has learnt
+REWRITE = "rewrite.json"  # and the state of what rewrites batches
 MANY = 1e30  # items: what is divided by them is nothing
 
 
@@ -88,15 +91,16 @@ class DistillationMixin:
         shift = settings.pop("shift", shifts_labels(self.model))
         self.objective = Distil(shift, **settings) if objective is None else objective
         self._prepare_objective()
-        own = self.objective if isinstance(self.objective, Distil) else None
-        vocab = "shared" if own is None else own.settings.get("vocab", "shared")
-        ignored = {} if own is None else {"ignore_index": own.settings.get("ignore_index", -100)}
-        self._measuring = Distil(shift if own is None else own.shift, vocab=vocab, **ignored)
+        self._measuring = _measuring(self.objective, shift)
+        if self._measuring.shift:
+            self._refuse_looking_ahead()
         self.teacher: Teacher | None = teacher_of(
             teacher_model, self.model, self.accelerator,
             logits=logits, init_kwargs=teacher_model_init_kwargs, weights=teacher_weights,
             mode=mode,
         )  # fmt: skip
+        models = isinstance(self.teacher, Frozen | Mixture)
+        self._prompted = Prompted(self.teacher, self._measuring.shift) if models else None
         self._measures: dict[str, Tensor] = {}  # since the last line of the log
         self._measured_from = 0
         self._evaluated: dict[str, Tensor] = {}
@@ -116,6 +120,17 @@ class DistillationMixin:
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_size > 1 or getattr(parallel, "sp_size", 1) > 1):
             raise ValueError("sequences cut over processes (cp_size, sp_size) are not supported")
+
+    def _refuse_looking_ahead(self) -> None:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            return  # each process has a part of the weights
+        with suppress(NotImplementedError):
+            if looks_ahead(self.model):
+                raise ValueError(
+                    f"{type(self.model).__name__} predicts the next token, but looks at it: later"
+                    " tokens change earlier logits (is_decoder=False?)"
+                )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Parameters without a part in the loss (a vision tower under text) would stop DDP; the
@@ -184,6 +199,9 @@ class DistillationMixin:
         if model.training and torch.is_grad_enabled():
             self._note(learnt, scale)
         loss = scale * learnt.loss
+        if not getattr(self.objective, "logits", True):  # DDP waits for what makes them
+            x = getattr(student.logits, "hidden", student.logits)
+            loss = loss + x.flatten()[:0].sum()
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -194,27 +212,14 @@ class DistillationMixin:
     def _listen(self, model: nn.Module, batch: Batch, logits: str) -> tuple[Outputs, Any]:
         """What student and teacher say of a batch."""
         hidden_states = self.objective.hidden_states
-        batch = self._with_decoder_inputs(batch)
-        teacher = None
+        teacher, says = self.teacher, None
+        if self._prompted is not None and f"{TEACHERS_PREFIX}input_ids" in batch:
+            teacher = self._prompted
         with self.accelerator.autocast():
-            if self.teacher is not None:
+            if teacher is not None:
                 with torch.no_grad():
-                    teacher = self._teacher_of(batch)(batch, hidden_states)
-            return LM(model, logits)(batch, hidden_states), teacher
-
-    def _teacher_of(self, batch: Batch) -> Teacher:
-        """The teacher, which may have a prompt of its own in the batch."""
-        if f"{TEACHERS_PREFIX}input_ids" not in batch:
-            return self.teacher
-        return Prompted(self.teacher, self._measuring.shift)
-
-    def _with_decoder_inputs(self, batch: Batch) -> Batch:
-        """Encoder-decoders make them of their labels, which they are not given here."""
-        make = getattr(causal_lm(self.model), "prepare_decoder_input_ids_from_labels", None)
-        known = {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
-        if make is None or known or not self.model.config.is_encoder_decoder:
-            return batch
-        return {**batch, "decoder_input_ids": make(labels=batch["labels"])}
+                    says = teacher(batch, hidden_states)
+            return LM(model, logits)(batch, hidden_states), says
 
     # What an objective learns itself.
 
@@ -256,21 +261,27 @@ class DistillationMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._learns and self.objective.state_dict() and self.args.should_save:
+        if not self.args.should_save:
+            return
+        if self._learns and self.objective.state_dict():
             from safetensors.torch import save_model
 
             save_model(self.objective, str(Path(output_dir) / OBJECTIVE))
+        if hasattr(self.rewrite, "state_dict"):
+            text = json.dumps(self.rewrite.state_dict())
+            (Path(output_dir) / REWRITE).write_text(text, encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._learns and self.objective.state_dict():
+        if checkpoint is None:
+            return
+        if self._learns and self.objective.state_dict():
             from safetensors.torch import load_model
 
-            path = Path(checkpoint) / OBJECTIVE
-            if not path.is_file():
-                name = type(self.objective).__name__
-                raise ValueError(f"{checkpoint} has no {OBJECTIVE}, the state of {name}")
-            load_model(self.objective, str(path))
+            load_model(self.objective, str(_state_in(checkpoint, OBJECTIVE, self.objective)))
+        if hasattr(self.rewrite, "load_state_dict"):
+            text = _state_in(checkpoint, REWRITE, self.rewrite).read_text(encoding="utf-8")
+            self.rewrite.load_state_dict(json.loads(text))
 
     # What the log shows.
 
@@ -317,17 +328,17 @@ class DistillationMixin:
 
     def _judge(self, model: nn.Module, batch: Batch, whole: bool) -> tuple[Tensor, Tensor | None]:
         """The loss of a batch, and its whole logits; notes the sums of the evaluation."""
-        batch = self._without_repeats(batch)
+        batch, counted = self._without_repeats(batch)
         student, teacher = self._listen(model, batch, "whole" if whole else self.logits)
-        counts = self.objective.counts(batch)
+        counts = self.objective.counts(counted)
         one = torch.ones(1, device=counts.device)
         with self.accelerator.autocast():
             # Each of the loss's k terms alone, undivided: a sum over the batch.
             items = torch.full((len(counts),) * 2, MANY, device=counts.device).fill_diagonal_(1)
-            terms = [self.objective(student, teacher, batch, n, self.progress) for n in items]
-            measures = self._measuring(student, teacher, batch, one, 0.0).measures
+            terms = [self.objective(student, teacher, counted, n, self.progress) for n in items]
+            measures = self._measuring(student, teacher, counted, one, 0.0).measures
         terms = torch.stack([term.loss for term in terms])
-        sums = {"loss": terms, "counts": counts, "tokens": self._measuring.counts(batch)}
+        sums = {"loss": terms, "counts": counts, "tokens": self._measuring.counts(counted)}
         for name in ("ce", "kd", "top1_agreement"):
             if name in measures:
                 sums[name] = measures[name]
@@ -338,19 +349,29 @@ class DistillationMixin:
         loss = (terms / counts.clamp(min=1)).sum()
         return loss, student.logits if whole else None
 
-    def _without_repeats(self, batch: Batch) -> Batch:
-        """A batch without the labels of the rows that fill up the processes' last batches."""
+    def _without_repeats(self, batch: Batch) -> tuple[Batch, Batch]:
+        """A batch without the labels of the rows that fill up the processes' last batches: for the
+        models; and for the objective, which may count what the attention mask shows."""
         state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
         if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return batch
+            return batch, batch
         labels = batch["labels"]
         rows = torch.arange(len(labels), device=labels.device).view(-1, 1)
         positions = batch.get("position_ids")
         if len(labels) == 1 and positions is not None:  # flattened: a document is a row
             rows = (positions == 0).cumsum(-1) - 1
-        size = int(rows.max()) + 1
-        rows = rows + size * self.accelerator.process_index
-        return {**batch, "labels": labels.masked_fill(rows >= state.remainder, -100)}
+        rows = rows + (rows.max() + 1) * self.accelerator.process_index
+        repeated = rows >= state.remainder
+        batch = dict(batch)
+        for name in ("labels", f"{TEACHERS_PREFIX}labels"):
+            if name in batch:
+                batch[name] = batch[name].masked_fill(repeated, IGNORED)
+        mask = batch.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(batch.get("input_ids", labels))
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return batch, batch
+        return batch, {**batch, "attention_mask": mask.masked_fill(repeated, 0)}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         self._evaluated = {}
@@ -391,6 +412,31 @@ class DistillationMixin:
         if hasattr(collator, "signature_columns"):
             collator.signature_columns = _Columns(collator.signature_columns)
         return collator
+
+
+def _measuring(objective: Objective, shift: bool) -> Distil:
+    """What an evaluation measures on an objective's positions: forward KL at temperature 1."""
+    own = _distil_in(objective)
+    if own is None:
+        return Distil(shift, vocab="shared")
+    settings = {"vocab": own.settings.get("vocab", "shared")}
+    for name in ("ignore_index", "workspace_bytes"):
+        if name in own.settings:
+            settings[name] = own.settings[name]
+    return Distil(own.shift, **settings)
+
+
+def _distil_in(objective: Objective) -> Distil | None:
+    if isinstance(objective, Plus):
+        return _distil_in(objective.objective) or _distil_in(objective.term)
+    return objective if isinstance(objective, Distil) else None
+
+
+def _state_in(checkpoint: str, name: str, owner: Any) -> Path:
+    path = Path(checkpoint) / name
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {name}, the state of {type(owner).__name__}")
+    return path
 
 
 class _Columns(list):

@@ -1,7 +1,5 @@
 """Distillation in Hugging Face's Trainer: its numbers are those of a single big batch."""
 
-import math
-
 import pytest
 from trainer_truth import norm, rows, tiny, trainer_of, truth
 
@@ -14,11 +12,10 @@ def test_a_step_is_that_of_its_whole_batch(tmp_path, size, accumulation):
     trainer.train()
     student = tiny(0)
     expected = truth(student, tiny(1), rows())
-    expected["loss"].backward()
+    expected["grad_norm"] = norm(student).item()
     line = trainer.state.log_history[0]
-    for name in ("loss", "kd", "ce", "top1_agreement"):
-        assert line[name] == pytest.approx(expected[name].item(), rel=2e-6), name
-    assert line["grad_norm"] == pytest.approx(norm(student).item(), rel=1e-5)
+    for name in ("loss", "kd", "ce", "top1_agreement", "grad_norm"):
+        assert line[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_evaluation_is_over_tokens(tmp_path):
@@ -27,6 +24,5 @@ def test_evaluation_is_over_tokens(tmp_path):
     trainer = trainer_of(tmp_path, eval_dataset=data)
     found = trainer.evaluate()
     expected = truth(tiny(0), tiny(1), data)
-    for name in ("loss", "kl", "top1_agreement"):
-        assert found[f"eval_{name}"] == pytest.approx(expected[name].item(), rel=1e-5), name
-    assert found["eval_perplexity"] == pytest.approx(math.exp(expected["ce"]), rel=1e-5)
+    for name in ("loss", "kl", "perplexity", "top1_agreement"):
+        assert found[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5), name

@@ -9,13 +9,12 @@ V = 67
 
 
 def tiny(seed, family=LlamaConfig, **others):
-    config = family(
+    sizes = dict(
         vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-        **others,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(family(**(sizes | others)))
 
 
 def batch(rows=2, length=9, seed=0):

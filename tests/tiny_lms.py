@@ -45,7 +45,11 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<end>", pad_token="<end>", padding_side="left"
+        tokenizer_object=inner,
+        eos_token="<end>",
+        pad_token="<end>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     made.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"

@@ -38,7 +38,7 @@ docs: .venv/installed  ## the pages of docs/, in site/
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[triton,train,lora,docs,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[triton,train,lora,trl,docs,dev]'
 	touch $@
 
 .venv-%/installed: setup.py $(wildcard constraints-*.txt)

@@ -45,9 +45,11 @@ setup(
             "transformers>=5.0",
         ],
         "lora": ["peft>=0.18"],  # the first for transformers 5
+        "trl": ["trl>=1.16"],  # the first of which the replaced functions are known
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "dev": [
             "hypothesis>=6.100",
+            "lightning>=2.5",  # of an example
             "numpy>=1.26",  # of Triton's interpreter
             "pytest>=8",
             "pytest-benchmark>=4",

@@ -33,3 +33,25 @@ def loss(student, teacher, labels, **others):
 
 def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def tokenizer():
+    """A token a word: w0 … w59, <end>, and the two that begin a turn; nothing from a hub."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*(f"w{i}" for i in range(60)), "<end>", "<user>", "<assistant>"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<end>",
+        pad_token="<end>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    made.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    return made

@@ -45,12 +45,6 @@ class FolderTrainer(DistillationTrainer):
         self._not_finite_since = torch.minimum(self._not_finite_since, now)
         return loss
 
-    def prepare_batches(self, batches):
-        if self.rewrite is not None:
-            # How many came before: a run that goes on draws what it would have drawn.
-            self.rewrite.calls = self.state.global_step * self.args.gradient_accumulation_steps
-        return super().prepare_batches(batches)
-
     def _get_output_dir(self, trial):
         return self._writes_to or super()._get_output_dir(trial)
 

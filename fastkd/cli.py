@@ -84,7 +84,7 @@ def _distill(flags: list[str]) -> int:
 def _generate(flags: list[str]) -> int:
     from fastkd.training.config import read
 
-    (chosen,) = read(flags, [settings.GenerateSettings], {})
+    (chosen,), _ = read(flags, [settings.GenerateSettings], {})
     from fastkd.training.generate import generate
 
     generate(chosen)

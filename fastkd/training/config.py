@@ -36,26 +36,40 @@ STRATEGIES = {"eval_steps": "eval_strategy", "save_steps": "save_strategy"}
 
 
 class Config(NamedTuple):
-    """The settings of one run."""
+    """The settings of one run.
+
+    Attributes:
+        given: name -> values, as flags and files said them.
+    """
 
     models: ModelSettings
     data: DataSettings
     loss: LossSettings
     run: RunSettings
     training: TrainingArguments
+    given: dict[str, list[str]]
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """The settings of settings.py, by name."""
+        parts = (self.models, self.data, self.loss, self.run)
+        return {k: x for part in parts for k, x in dataclasses.asdict(part).items()}
 
     def as_dict(self) -> dict[str, Any]:
         """All settings by name, as plain values that a `--config` file may hold."""
         training = json.loads(self.training.to_json_string())
         known = {f.name for f in dataclasses.fields(TrainingArguments)} - set(UNSAVED)
-        settings = {k: x for part in self[:-1] for k, x in dataclasses.asdict(part).items()}
-        return settings | {k: x for k, x in training.items() if k in known}
+        return self.ours | {k: x for k, x in training.items() if k in known}
 
     def save(self, path: Path) -> None:
-        """Write what differs from the defaults, as a `--config` file."""
-        usual = parse([f"--output_dir={self.training.output_dir}"]).as_dict()
-        changed = {k: x for k, x in self.as_dict().items() if k == "output_dir" or x != usual[k]}
-        text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+        """Write what was given as a `--config` file."""
+        settings = {
+            name: [yaml.safe_load(x) for x in values]
+            if len(values) != 1
+            else yaml.safe_load(*values)
+            for name, values in self.given.items()
+        }
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         path.write_text(text, encoding="utf-8")
 
 
@@ -75,29 +89,31 @@ def parse(argv: list[str]) -> Config:
         InputError: unknown flags or keys, one given twice, values that cannot be, a file that
             cannot be read.
     """
-    config = Config(*read(argv, [*GROUPS, TrainingArguments], DEFAULTS))
+    parts, given = read(argv, [*GROUPS, TrainingArguments], DEFAULTS)
+    config = Config(*parts, given)
     trackers = [name for text in config.training.report_to for name in text.split(",")]
     config.training.report_to = trackers
     return config
 
 
-def read(argv: list[str], kinds: list[type], defaults: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The dataclasses that flags name; see `parse`."""
+def read(
+    argv: list[str], kinds: list[type], defaults: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, list[str]]]:
+    """The dataclasses that flags name, and what was given; see `parse`."""
     parser = Parser(kinds, prog="fastkd", allow_abbrev=False)
     # In reverse: of `packing` and `no_packing`, the first is meant.
     known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     flags = _flags(argv, known)
-    settings = {name: _texts(value) for name, value in defaults.items()}
-    if "config" in flags:
-        settings |= _file(flags.pop("config")[0], known)
-    settings |= flags
+    given = _file(flags.pop("config")[0], known) if "config" in flags else {}
+    given |= flags
+    settings = {name: _texts(value) for name, value in defaults.items()} | given
     _meanings(settings)
     tokens = []
     for name, values in settings.items():
         single = len(values) == 1
         tokens += [f"--{name}={values[0]}"] if single else [f"--{name}", *values]
     try:
-        return parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(tokens, look_for_args_file=False), given
     except (ValueError, TypeError, ImportError, OSError) as error:
         if isinstance(error, InputError):
             raise

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,12 +97,12 @@ def distill(config: Config) -> Run:
 
 
 def _copy(config: Config) -> Config:
-    return Config(*(copy.copy(part) for part in config))
+    return Config(*map(copy.copy, config))
 
 
 def train(config: Config) -> Run:
     """One stage."""
-    models, data, loss, run, args = config
+    models, data, loss, run, args, _ = config
     say = print if args.process_index == 0 else _silent
     _check(config)
     resume = run.resume or args.resume_from_checkpoint is not None
@@ -146,8 +147,9 @@ def train(config: Config) -> Run:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    progress = Progress()
     if not args.disable_tqdm:
-        trainer.add_callback(Progress())
+        trainer.add_callback(progress)
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
         folder.begin()
@@ -158,7 +160,7 @@ def train(config: Config) -> Run:
             which = f" {i + 1}" if len(teachers) > 1 else ""
             say(f"held out: the teacher{which} has a perplexity of {perplexity:.4g}")
 
-    with interrupt:
+    with interrupt, closing(progress):
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     state = trainer.state
     if interrupt.interrupted and state.global_step < state.max_steps:
@@ -173,7 +175,7 @@ def train(config: Config) -> Run:
 
 def _check(config: Config) -> None:
     """What can be seen to be wrong without opening a file."""
-    models, data, loss, _, args = config
+    models, data, loss, _, args, _ = config
     check_settings(models, loss)
     if not args.output_dir or args.output_dir == "trainer_output":
         raise InputError("--output is missing")
@@ -234,8 +236,7 @@ def _checkpoint(folder: Folder, config: Config) -> Path | None:
 
 def _about(config: Config, rows: Dataset) -> dict[str, Any]:
     """What a run that goes on must agree with."""
-    ours = {k: x for part in config[:-1] for k, x in dataclasses.asdict(part).items()}
-    chosen = {k: x for k, x in ours.items() if k not in MAY_CHANGE}
+    chosen = {k: x for k, x in config.ours.items() if k not in MAY_CHANGE}
     every = config.as_dict()
     chosen |= {k: every.get(k) for k in (*DECIDES, *LENGTH)}
     return {

@@ -179,6 +179,12 @@ def line(row: dict[str, Any]) -> str:
 class Progress(ProgressCallback):
     """Trainer's bar, with lines that fit a screen."""
 
+    def close(self) -> None:
+        """Of a training that ended before its last step: what is printed next has its own line."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs or SUMMARY in logs:
             return

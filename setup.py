@@ -38,7 +38,7 @@ setup(
         "triton": ["triton>=3.4"],  # the first with named tuples as a kernel's arguments
         "train": [
             "accelerate>=1.2",
-            "datasets>=3.0",
+            "datasets>=4.7",
             "matplotlib>=3.8",
             "pyyaml>=6",
             "tqdm>=4.65",

@@ -1,117 +1,195 @@
-"""From files or hub datasets to token ids with labels on the response only."""
+"""The data of a run, from what the user names to rows of token ids.
+
+Sources are opened (files.py), encoded (encode.py, chat.py, packs.py), divided into a training and a
+held-out part, and mixed; collate.py makes batches of the rows.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 from torch.utils.data import DataLoader
 
-from fastkd.training.config import InputError
+from fastkd.training.chat import IGNORED, encode_chat, encode_conversation
+from fastkd.training.collate import collator
+from fastkd.training.encode import Encoder, Prompts, encode
+from fastkd.training.errors import InputError
+from fastkd.training.files import NoSplit, load_rows
+from fastkd.training.packs import keeps_documents_apart
+from fastkd.training.settings import DataSettings
 
-IGNORED = -100
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-BUILDERS |= {".txt": "text", ".md": "text"}
-FORMATS = (
-    "text | prompt + completion (or response) | messages |"
-    " instruction (+ input) + output (or response) | input_ids (+ labels)"
-)
+__all__ = [
+    "Prompts",
+    "Read",
+    "collator",
+    "encode",
+    "encode_chat",
+    "encode_conversation",
+    "keeps_documents_apart",
+    "load_rows",
+    "open_data",
+]
+
+FEW = 1000  # held-out tokens under which an evaluation says little
 
 
-def load_rows(source: str, split: str = "train", name: str | None = None) -> Dataset:
-    """Open a file, a folder of files of one kind, a folder of `save_to_disk`, or a hub dataset.
+@dataclass
+class Read:
+    """What was read.
+
+    Attributes:
+        train: rows with `input_ids` and `labels` (and more: see `encode`).
+        held_out: rows for evaluation, if any.
+        report: lines that say what was read, used, dropped and why, and held out.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    report: list[str]
+
+
+def open_data(
+    data: DataSettings,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    pack: bool = True,
+    task: str = "causal-lm",
+) -> Read:
+    """Open, encode, divide and mix the data of a run.
+
+    Held out are usable rows, of each source its part; rows that come of one conversation stay
+    together. Several sources are joined, or mixed by `data_weight`: then until each of them was
+    read to its end, shorter ones several times.
 
     Args:
-        source: path or hub name. Text files become one document each.
-        split: which split of a hub or saved dataset.
-        name: configuration of a hub dataset.
+        data: the settings; `packing` and `pack` both decide whether texts are packed.
+        seed: decides what is held out, and the order of a mixture.
+        vocab_size: ids beyond it are refused.
+        pack: False: documents are not packed, for models that cannot keep them apart.
+        task: "causal-lm" or "masked-lm".
 
     Raises:
-        InputError: nothing there, or files of several or unknown kinds.
+        InputError: nothing to train on, or data that cannot be read as they are.
     """
-    path = Path(source)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        saved = load_from_disk(source)
-        if isinstance(saved, DatasetDict) and split not in saved:
-            raise InputError(f"{source} has no split {split!r}, only {', '.join(saved)}")
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    if path.exists():
-        candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [str(file) for file in candidates if file.suffix.lower() in BUILDERS]
-        builders = {BUILDERS[Path(file).suffix.lower()] for file in files}
-        if len(builders) != 1:
-            found = (
-                f"files of several kinds ({', '.join(sorted(builders))})" if builders else "no file"
-            )
-            raise InputError(
-                f"{source}: expected one kind among {', '.join(BUILDERS)}, found {found}"
-            )
-        builder = builders.pop()
-        options = {"sample_by": "document"} if builder == "text" else {}
-        return _open(source, builder, data_files=files, split="train", **options)
-    if path.suffix.lower() in BUILDERS or path.is_absolute():
-        raise InputError(f"{source}: no such file or folder")
-    return _open(source, source, name, split=split)
+    if not data.data:
+        raise InputError("no data: give --data")
+    if data.data_weight and len(data.data_weight) != len(data.data):
+        raise InputError(f"{len(data.data_weight)} weights for {len(data.data)} sources of data")
+    if any(not 0 < weight < math.inf for weight in data.data_weight):
+        raise InputError(f"data_weight must be above 0, got {data.data_weight}")
+    if not 0 <= data.eval_fraction < 1:
+        raise InputError(f"eval_fraction must be in [0, 1), got {data.eval_fraction}")
+    prompts = Prompts(
+        data.student_prompt_template, data.teacher_prompt_template, data.max_teacher_length
+    )
+    encoder = Encoder(tokenizer, data.max_length, vocab_size, task, prompts)
+    packing = data.packing and pack
+    report: list[str] = []
+
+    def encoded(source: str, split: str) -> Dataset:
+        try:
+            made = encoder.encode(load_rows(source, split, data.data_name), packing)
+        except NoSplit:
+            raise
+        except InputError as error:
+            known = str(error).startswith(source)
+            raise error if known else InputError(f"{source}: {error}") from error
+        report.extend(f"{source}: {line}" for line in made.report)
+        return made.rows
+
+    sources = [encoded(source, data.data_split) for source in data.data]
+    held_out = []
+    if data.eval_data is not None:
+        held_out = [_held_out_split(encoded, data)]
+    elif data.eval_fraction:
+        sources, held_out = _divided(sources, data.eval_fraction, seed)
+        if not held_out:
+            report.append("nothing is held out: there is a single row")
+    sources, held_out = ([s.remove_columns("row") for s in some] for some in (sources, held_out))
+    train = _mixed(sources, data.data_weight, seed)
+    report.append(f"to train on: {_size(train)}")
+    held = concatenate_datasets(held_out) if held_out else None
+    if held is not None:
+        few = _tokens(held)[1] < FEW
+        report.append(f"held out: {_size(held)}" + (": few, its losses say little" if few else ""))
+    return Read(train, held, report)
 
 
-def _open(source: str, *args: Any, **options: Any) -> Dataset:
-    try:
-        return load_dataset(*args, **options)
-    except Exception as error:  # of many kinds, from parsers to networks
-        raise InputError(f"cannot open the data {source}: {error.__cause__ or error}") from error
+def _held_out_split(encoded: Callable[[str, str], Dataset], data: DataSettings) -> Dataset:
+    """Of data with several splits, the one that is for evaluation."""
+    for split in ("validation", "test"):
+        try:
+            return encoded(data.eval_data, split)
+        except NoSplit:
+            continue
+    return encoded(data.eval_data, data.data_split)
 
 
-def encode(rows: Dataset, tokenizer: Any, max_length: int, packing: bool = True) -> Dataset:
-    """Tokenise rows to `input_ids` and `labels`, labels being -100 outside of the response.
+def _divided(
+    sources: list[Dataset], fraction: float, seed: int
+) -> tuple[list[Dataset], list[Dataset]]:
+    """Each source without what is held out of it, and what is held out. At least one row is, of the
+    largest source, and at least one is left in each."""
+    numbers = []
+    for rows in sources:
+        tables = rows.select_columns("row").with_format("arrow").iter(batch_size=100_000)
+        column = np.concatenate([table["row"].to_numpy() for table in tables])
+        numbers.append(np.arange(len(rows)) if (column < 0).any() else column)
+    groups = [np.unique(x) for x in numbers]
+    counts = [min(round(fraction * len(g)), len(g) - 1) for g in groups]
+    if not any(counts):
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        counts[largest] = min(1, len(groups[largest]) - 1)
+    train, held_out = [], []
+    for i, (rows, x, group) in enumerate(zip(sources, numbers, groups, strict=True)):
+        chosen = np.random.default_rng((seed, i)).permutation(group)[: counts[i]]
+        held = np.isin(x, chosen)
+        train.append(rows.select(np.flatnonzero(~held)) if counts[i] else rows)
+        if counts[i]:
+            held_out.append(rows.select(np.flatnonzero(held)))
+    return train, held_out
 
-    Rows without a token to predict are dropped, and their number is printed.
 
-    Args:
-        rows: with the columns of one of the known formats.
-        tokenizer: the models' tokenizer; a chat template is needed for `messages`.
-        max_length: sequences are cut (or, if packed, chunked) to this many tokens.
-        packing: join the documents of `text` rows into sequences of `max_length`.
+def _mixed(sources: list[Dataset], weights: list[float], seed: int) -> Dataset:
+    if not weights or len(sources) == 1:
+        return concatenate_datasets(sources)
+    return interleave_datasets(
+        sources,
+        probabilities=[weight / sum(weights) for weight in weights],
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
 
-    Raises:
-        InputError: no known format among the columns, no chat template, or no row left.
-    """
-    to_ids = _row_encoder(rows.column_names, tokenizer)
-    pack = packing and rows.column_names and _format(rows.column_names) == "text"
 
-    def convert(batch: dict[str, list]) -> dict[str, list]:
-        columns = list(batch)
-        pairs = [
-            to_ids(dict(zip(columns, values, strict=True)))
-            for values in zip(*batch.values(), strict=True)
-        ]
-        if pack:
-            stream = [i for ids, _ in pairs for i in ids]
-            chunks = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
-            pairs = [(chunk, chunk) for chunk in chunks]
-        pairs = [(ids[:max_length], labels[:max_length]) for ids, labels in pairs]
-        # Position 0 has no position before it that could predict it.
-        pairs = [
-            (ids, labels) for ids, labels in pairs if any(label != IGNORED for label in labels[1:])
-        ]
-        return {"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]}
+def _tokens(rows: Dataset) -> tuple[int, int]:
+    """How many there are, and how many count: those that something before them predicts."""
+    total = counted = 0
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        total += pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
+        if "labels" in table.column_names:
+            labels = table["labels"].combine_chunks()
+            counts = pc.list_flatten(labels).to_numpy() != IGNORED
+            counted += int(counts.sum())
+            firsts = pc.list_element(labels.filter(pc.greater(pc.list_value_length(labels), 0)), 0)
+            counted -= int((firsts.to_numpy() != IGNORED).sum())
+    return total, counted if "labels" in rows.column_names else total
 
-    encoded = rows.map(convert, batched=True, remove_columns=rows.column_names, desc="tokenising")
-    if not pack and len(encoded) < len(rows):
-        print(
-            f"dropped {len(rows) - len(encoded):,} of {len(rows):,} rows:"
-            f" no response within {max_length} tokens"
-        )
-    if not len(encoded):
-        raise InputError(f"none of the {len(rows):,} rows has a token to learn from")
-    return encoded
+
+def _size(rows: Dataset) -> str:
+    total, counted = _tokens(rows)
+    packed = " packed" if "position_ids" in rows.column_names else ""
+    counting = "" if "labels" not in rows.column_names else f", {counted:,} of them count"
+    return f"{len(rows):,}{packed} rows, {total:,} tokens{counting}"
 
 
 @dataclass
@@ -187,150 +265,3 @@ def _loader(
     return iter(
         DataLoader(rows, batch_sampler=shares, collate_fn=collate, generator=torch.Generator())
     )
-
-
-def _format(columns: list[str]) -> str:
-    has = set(columns).__contains__
-    if has("input_ids"):
-        return "input_ids"
-    if has("messages"):
-        return "messages"
-    if has("prompt") and (has("completion") or has("response")):
-        return "prompt"
-    if has("instruction") and (has("output") or has("response")):
-        return "instruction"
-    if has("text"):
-        return "text"
-    raise InputError(f"found the columns {', '.join(columns) or '(none)'}; expected {FORMATS}")
-
-
-def _row_encoder(
-    columns: list[str], tokenizer: Any
-) -> Callable[[dict], tuple[list[int], list[int]]]:
-    kind = _format(columns)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if kind == "messages" and not tokenizer.chat_template:
-        raise InputError(
-            "`messages` data needs a tokenizer with a chat template, and this one has none"
-        )
-
-    def ids_of(text: str, special: bool) -> list[int]:
-        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-    def pre_tokenised(row):
-        labels = row.get("labels")
-        ids = list(row["input_ids"])
-        labels = ids if labels is None else list(labels)
-        if len(labels) != len(ids):
-            raise InputError(f"a row has {len(ids)} input_ids and {len(labels)} labels")
-        return ids, labels
-
-    def text(row):
-        ids = ids_of(row["text"] or "", True)
-        ids = ids if ids[-1:] == end else ids + end
-        return ids, ids
-
-    def answer(prompt: str, response: str):
-        # Tokenised apart, as at inference time, so that no token straddles the boundary.
-        prompt_ids = ids_of(prompt, True)
-        if end and prompt_ids[-1:] == end and not prompt.endswith(tokenizer.eos_token):
-            prompt_ids = prompt_ids[
-                :-1
-            ]  # the response follows: the end that the tokenizer adds is not there yet
-        response_ids = ids_of(response, False)
-        response_ids = (
-            response_ids + end if response_ids and response_ids[-1:] != end else response_ids
-        )
-        return prompt_ids + response_ids, [IGNORED] * len(prompt_ids) + response_ids
-
-    def prompted(row):
-        prompt = row["prompt"] or ""
-        response = (row["completion"] if "completion" in row else row["response"]) or ""
-        if isinstance(prompt, list):
-            response = (
-                response
-                if isinstance(response, list)
-                else [{"role": "assistant", "content": response}]
-            )
-            return encode_chat(prompt + response, tokenizer, first=len(prompt))
-        return answer(prompt, response)
-
-    def instructed(row):
-        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        response = (row["output"] if "output" in row else row["response"]) or ""
-        if tokenizer.chat_template:
-            turns = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": response},
-            ]
-            return encode_chat(turns, tokenizer)
-        return answer(question + "\n\n", response)
-
-    def chat(row):
-        return encode_chat(row["messages"], tokenizer)
-
-    return {
-        "input_ids": pre_tokenised,
-        "messages": chat,
-        "prompt": prompted,
-        "instruction": instructed,
-        "text": text,
-    }[kind]
-
-
-def encode_chat(
-    messages: list[dict], tokenizer: Any, first: int = 0
-) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, and labels on the assistant's turns from message `first` on.
-
-    The template's own `{% generation %}` marks are used where it has them; else each turn's text is
-    what its rendering adds to the rendering of the turns before it.
-
-    Raises:
-        InputError: no chat template, or a turn that cannot be found in the rendered conversation.
-    """
-    if not tokenizer.chat_template:
-        raise InputError(
-            "a conversation needs a tokenizer with a chat template, and this one has none"
-        )
-    marked = re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template())
-    if marked and first == 0:
-        encoded = tokenizer.apply_chat_template(
-            messages, return_assistant_tokens_mask=True, return_dict=True
-        )
-        learnt = encoded["assistant_masks"]
-    else:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
-        spans = [_turn(messages, i, text, tokenizer) for i in turns]
-        encoded = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        learnt = [
-            any(start <= left < right <= stop for start, stop in spans)
-            for left, right in encoded["offset_mapping"]
-        ]
-    ids = list(encoded["input_ids"])
-    return ids, [i if keep else IGNORED for i, keep in zip(ids, learnt, strict=True)]
-
-
-def _turn(messages: list[dict], i: int, text: str, tokenizer: Any) -> tuple[int, int]:
-    """Where message i, with the mark that ends it, stands in the rendered conversation."""
-    before = ""
-    if i:
-        before = tokenizer.apply_chat_template(
-            messages[:i], tokenize=False, add_generation_prompt=True
-        )
-    upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-    if text.startswith(before) and text.startswith(upto):
-        return len(before), len(upto.rstrip())
-    # Some templates rewrite earlier turns (dropping past reasoning): look for the words.
-    words = (messages[i].get("content") or "").split("</think>")[-1].strip()
-    start = text.find(words, len(os.path.commonprefix([before, text])))
-    if not words or start < 0:
-        raise InputError(
-            f"cannot tell where message {i} stands in what the chat template renders;"
-            " use a template with {% generation %} marks"
-        )
-    stop, end = start + len(words), tokenizer.eos_token or ""
-    return start, stop + (len(end) if text.startswith(end, stop) else 0)

@@ -88,6 +88,8 @@ def open_teacher(
     import peft
 
     base = peft.PeftConfig.from_pretrained(str(name), **hub).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{name} is an adapter, and does not say of which model")
     settings.pop("revision", None)
     model = _open(base, student, settings)
     return peft.PeftModel.from_pretrained(model, str(name), **hub).merge_and_unload()

@@ -116,3 +116,16 @@ def projected_truth(data):
     learnt = objective(LM(student)(batch, True), says, batch, objective.counts(batch), 0.0)
     learnt.loss.backward()
     return learnt, objective, student
+
+
+def tokenizer():
+    """One token a word: w0 … w63; and those that mask, pad, and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(V - 3)] + ["<mask>", "<pad>", "<end>"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, mask_token="<mask>", pad_token="<pad>", eos_token="<end>"
+    )

@@ -174,7 +174,7 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
 
     The configuration only names candidates for scale and softcap. What the model makes of a few
     tokens of `ids` (N, length) decides, under the autocast of the caller; default: the first of its
-    vocabulary that the configuration gives no meaning (images).
+    vocabulary.
 
     Cost: two forward passes of 8 tokens of the model without its wrappers, in evaluation mode, the
     first time; modes and random states are left as they were. The answer is kept for as long as
@@ -198,7 +198,7 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
     refs, known, found = _known.get(owner, ((), (), None))
     if known != numbers or any(x is not y() for x, y in zip(objects, refs, strict=True)):
         if ids is None:
-            ids = _plain_ids(owner, linear.out_features)
+            ids = torch.arange(PROBE_TOKENS)[None] % linear.out_features
         found = _probe(owner, linear, ids, scales, softcaps)
         refs = tuple((lambda: None) if x is None else ref(x) for x in objects)
         _known[owner] = refs, numbers, found
@@ -249,18 +249,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _plain_ids(owner: nn.Module, size: int) -> Tensor:
-    """(1, 8) ids that stand for themselves: not for an image, nor the end of the text."""
-    special = set()
-    for config in (owner.config, owner.config.get_text_config()):
-        for name, x in vars(config).items():
-            if name.endswith(("_token_id", "_token_index")):
-                special.update(x if isinstance(x, list | tuple) else [x])
-    plain = [i for i in range(min(size, PROBE_TOKENS + len(special))) if i not in special]
-    plain = plain or list(range(size))
-    return torch.tensor([(plain * PROBE_TOKENS)[:PROBE_TOKENS]])
 
 
 def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:

@@ -107,7 +107,7 @@ class Distil:
         total = parts.loss
         if student.auxiliary is not None:
             # Its share of the step, as every other part's.
-            added = student.auxiliary * (counts.sum() / num_items[0].clamp(min=1))
+            added = student.auxiliary * counts.sum() / num_items[0].clamp(min=1)
             total, measures["auxiliary"] = total + added, added.detach()
         return Learnt(total, measures)
 
@@ -122,7 +122,8 @@ class Plus(nn.Module):
     first that reads logits.
 
     Args:
-        objective, term: whose parameters, where they are modules, are this one's.
+        objective, term: whose parameters, where they are modules, are this one's. Where both read
+            logits (all but those that say `logits = False`), a `Distil` leaves them as they are.
         weight: a number that is not negative, or a function from the progress to one.
 
     Raises:

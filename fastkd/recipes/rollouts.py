@@ -119,11 +119,13 @@ class OnPolicy:
             sides.append(TEACHERS_PREFIX)
             theirs = [_prompt(*row) for row in _rows(batch, TEACHERS_PREFIX)]
             chosen = [i for i in chosen if theirs[i]]
+        written = []
         # Of sharded weights every process must be at hand: one without a prompt writes of nothing.
-        if not chosen and not _is_sharded(self.model):
+        if chosen or _is_sharded(self.model):
+            written = _write(self.model, [prompts[i] for i in chosen] or [[0]], how, seed)
+        if not chosen:
             return batch
-        written = _write(self.model, [prompts[i] for i in chosen] or [[0]], how, seed)
-        responses = dict(zip(chosen, written, strict=False))
+        responses = dict(zip(chosen, written, strict=True))
         if both:
             labels = [responses.get(i, labels) for i, (_, labels) in enumerate(rows)]
             new = {k: x for k, x in batch.items() if not k.startswith("decoder_")}
@@ -293,7 +295,8 @@ def _check_rows(batch: Batch) -> None:
     """One document a row, and nothing that would stand beside the wrong tokens afterwards."""
     for name, x in batch.items():
         plain = name.removeprefix(TEACHERS_PREFIX)
-        packed = plain in PACKED or (plain == "attention_mask" and x.dim() != 2)
+        rows_alone = isinstance(x, Tensor) and x.dim() == 2
+        packed = plain in PACKED or (plain == "attention_mask" and not rows_alone)
         if packed:
             raise ValueError(
                 f"on-policy batches need one document a row: {name} says that rows are packed"

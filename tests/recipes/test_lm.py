@@ -29,7 +29,7 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5
 
 from fastkd import LMHead
-from fastkd.recipes import LM, Distil, shifts_labels
+from fastkd.recipes import LM, Distil, Plus, shifts_labels
 from fastkd.recipes.lm import Head, causal_lm, chunks, find_head, logits_of
 
 
@@ -287,6 +287,18 @@ def test_a_balancing_loss_has_its_share_of_the_step():
         torch.testing.assert_close(other, found[0])
 
 
+def test_of_two_objectives_one_adds_the_balancing_loss():
+    student, inputs = tiny(0, router_aux_loss_coef=5.0, **MOE), batch()
+    heard = LM(student)(inputs)
+    once = learn(student, inputs).detach()
+
+    def loss(objective):
+        return objective(heard, None, inputs, objective.counts(inputs)).loss.detach()
+
+    ce = once - heard.auxiliary.detach()
+    torch.testing.assert_close(loss(Plus(Distil(), Distil(), 0.5)), once + 0.5 * ce)
+
+
 def test_chunks_where_they_take_less():
     """As whole steps were measured: at H = 640 whole logits are leaner with 512 tokens, chunks with
     1024; at H = 576 whole ones with 256. A head without a gradient is never larger in chunks."""
@@ -301,10 +313,3 @@ def test_chunks_where_they_take_less():
     assert at(640, 1, 512, trained=False)
     with torch.no_grad():
         assert at(640, 1, 512)
-
-
-def test_the_probe_uses_no_token_with_a_meaning():
-    """Of a vision-language model, the one that stands for an image, of which there is none."""
-    model = vision_language()
-    model.config.image_token_id = model.config.boi_token_index = 0
-    assert find_head(model) is not None

@@ -5,14 +5,10 @@ import random
 
 import pytest
 import torch
-from tiny_lms import V, batch, tiny
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tiny_lms import V, batch, tiny, words
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -25,12 +21,6 @@ NEW = 5
 def model(seed=0, **others):
     """Of large weights: earlier tokens count."""
     return tiny(seed, eos_token_id=None, initializer_range=0.5, **others).double()
-
-
-def words():
-    table = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    table.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=table, unk_token="w0")
 
 
 def greedily(model, prompt, **settings):

@@ -33,19 +33,18 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from fastkd.recipes.lm import looks_ahead
-from fastkd.training import cut
+from fastkd.training import adapters, cut
 from fastkd.training.errors import InputError
-from fastkd.training.places import Place, find, one_line
+from fastkd.training.places import Place, find
 from fastkd.training.settings import DataSettings, ModelSettings
 from fastkd.training.vocabularies import check_tokenizer, same_tokens
+from fastkd.training.weights import check_numbers, check_report
 
 # Heads that say nothing of tokens: the model was trained to something else.
 OTHER_HEADS = re.compile(
     r"For(Sequence|Token|Image|Audio)Classification|ForQuestionAnswering|ForMultipleChoice"
     r"|ForNextSentencePrediction|RewardModel"
 )
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHOWN = 2  # names of weights in a message
 
 
 def open_tokenizer(models: ModelSettings) -> tuple[Any, str, list[int]]:
@@ -106,7 +105,10 @@ def check_models(models: ModelSettings, data: DataSettings, training: Any = None
             _need(place, "bitsandbytes")
         length = data.max_length if place.side == "student" else teachers_length
         flag = "max_teacher_length" if own_text and place.side != "student" else "max_length"
-        remarks += _check_length(place, _skeleton(place, config, models), length, flag)
+        skeleton = _skeleton(place, config, models)
+        remarks += _check_length(place, skeleton, length, flag)
+        if models.student_from_teacher is not None and place.side == "student":
+            cut.layers_to_keep(models.student_from_teacher, len(cut.blocks(skeleton)[1]))
     return remarks
 
 
@@ -125,15 +127,17 @@ def open_student(models: ModelSettings) -> nn.Module:
     _check_trainable(student, _config(student, models), models)
     model = _load(student, models, models.student_dtype, models.load_in_4bit)
     if models.student_from_teacher is not None:
-        model = cut.keep_layers(model, models.student_from_teacher)
+        if student.adapter is not None:
+            model = adapters.merge(adapters.load(student, model, trained=False))
+        return cut.keep_layers(model, models.student_from_teacher).train()
     if getattr(model, "is_quantized", False):
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if student.adapter is not None:
-        model = _with_adapter(student, model, trained=True)
+        model = adapters.load(student, model, trained=True)
     elif models.lora_r:
-        model = _with_new_adapters(student, model, models)
+        model = adapters.add(student, model, models)
     if not any(p.requires_grad for p in model.parameters()):
         raise student.refuse("nothing in it is trained")
     return model.train()
@@ -152,8 +156,8 @@ def open_teachers(models: ModelSettings, device: torch.device | None = None) -> 
     for place in _places(models)[1]:
         model = _load(place, models, models.dtype)
         if place.adapter is not None:
-            model = _merged(_with_adapter(place, model, trained=False))
-            _check_numbers(place, model)
+            model = adapters.merge(adapters.load(place, model, trained=False))
+            check_numbers(place, model)
         if device is not None and not getattr(model, "is_quantized", False):
             model.to(device)
         teachers.append(model.eval().requires_grad_(False))
@@ -200,7 +204,7 @@ def _config(place: Place, models: ModelSettings) -> Any:
                 place.base, trust_remote_code=models.trust_remote_code
             )
     except Exception as error:  # whatever transformers and the hub raise
-        raise _refusal(place, error) from error
+        raise place.refuse(error) from error
 
 
 def _tokenizer(place: Place, models: ModelSettings) -> tuple[Any, int]:
@@ -215,35 +219,14 @@ def _tokenizer(place: Place, models: ModelSettings) -> tuple[Any, int]:
                 source, trust_remote_code=models.trust_remote_code
             )
     except Exception as error:
-        raise _refusal(place, error, "no tokenizer that can be opened: ") from error
+        raise place.refuse(error, "no tokenizer that can be opened: ") from error
     check_tokenizer(place, tokenizer)
+    if models.task == "masked-lm" and tokenizer.mask_token_id is None:
+        raise place.refuse("its tokenizer has no mask token, which --task masked-lm needs")
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise place.refuse(f"{size:,} embeddings, but its tokenizer has ids up to {largest:,}")
     return tokenizer, size
-
-
-def _refusal(place: Place, error: Exception, before: str = "") -> InputError:
-    """In a user's words, where transformers' are those of its functions."""
-    text = one_line(error)
-    if isinstance(error, KeyError):
-        text = f"unknown {text}"
-    elif "trust_remote_code" in text:
-        text = "comes with code of its own; --trust_remote_code runs it, if you trust it"
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        text = f"does not fit into memory: {text}"
-    elif "Weights only load failed" in text:
-        text = "its weights are a pickle that holds more than weights: ask for safetensors"
-    elif isinstance(error, OSError) and not Path(place.base).exists():
-        text = f"no such folder, and not to be had from the hub: {_sentence(text)}"
-    elif type(error).__name__ == "SafetensorError":
-        text = f"a file of its weights is broken: {text}"
-    return place.refuse(before + (_sentence(text) or type(error).__name__), error)
-
-
-def _sentence(text: str) -> str:
-    """The first one: transformers goes on with all that would have been possible."""
-    return re.split(r"(?<=\w{3}\.) (?=[A-Z])", text)[0]
 
 
 @contextmanager
@@ -364,7 +347,7 @@ def _skeleton(place: Place, config: Any, models: ModelSettings) -> nn.Module:
         with _quiet(), torch.device("meta"):
             return _auto(models).from_config(copy.deepcopy(config), **options)
     except Exception as error:
-        raise _refusal(place, error) from error
+        raise place.refuse(error) from error
 
 
 def _options(models: ModelSettings) -> dict[str, Any]:
@@ -377,20 +360,20 @@ def _options(models: ModelSettings) -> dict[str, Any]:
 def _check_length(place: Place, model: nn.Module, length: int, flag: str) -> list[str]:
     """Sequences against positions; a table of them is the limit, rotations are not."""
     config = model.config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    if not isinstance(known, int):
-        known = getattr(config, "max_seq_len", None)  # MPT's: its biases have a length
-        limit = known if isinstance(known, int) else None
+    if config.model_type == "mpt":
+        known = limit = config.max_seq_len  # its biases are made for as many
     else:
-        limit = _table(model, known)
+        known = getattr(config, "max_position_embeddings", None)
+        limit = None if known is None else _table(model, known)
     if limit is not None and length > limit:
         raise place.refuse(
             f"it has {limit:,} positions, so sequences of {length:,} tokens do not fit: --{flag}"
             f" {limit}"
         )
-    if limit is None and isinstance(known, int) and length > known:
+    if limit is None and known is not None and length > known:
         return [
-            f"the {place.side} {place.name} was made for {known:,} positions: --{flag} {length}"
+            f"the {place.side} {place.name} was made for {known:,} positions,"
+            f" and --{flag} is {length:,}"
         ]
     return []
 
@@ -405,14 +388,11 @@ def _table(model: nn.Module, known: int) -> int | None:
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("pos" in last or last == "wpe"):
-            offset = getattr(module, "offset", 0)  # OPT's, BART's: rows before the first position
-            if module.num_embeddings - offset == known:
-                return known
-            if module.num_embeddings == known:
-                # RoBERTa counts on from the padding's id.
-                return (
-                    known - offset if module.padding_idx is None else known - 1 - module.padding_idx
-                )
+            # OPT and BART have rows before the first position; RoBERTa counts on from the
+            # padding's id.
+            before = getattr(module, "offset", 0)
+            if module.num_embeddings - before == known:
+                return known if module.padding_idx is None else known - 1 - module.padding_idx
     tables = (x for name, x in model.named_buffers() if "pos" in name.rpartition(".")[2])
     return known if any(x.dim() > 1 and len(x) == known for x in tables) else None
 
@@ -444,53 +424,11 @@ def _load(place: Place, models: ModelSettings, dtype: str, in_4bit: bool = False
                 **options,
             )
     except Exception as error:
-        raise _refusal(place, error) from error
-    _check_report(place, report)
-    _check_numbers(place, model)
+        raise place.refuse(error) from error
+    check_report(place, model, report)
+    check_numbers(place, model)
     _check_direction(place, model, models)
     return model
-
-
-def _check_report(place: Place, report: dict[str, Any]) -> None:
-    """What transformers would draw at random is refused: nobody trained it."""
-    if report["mismatched_keys"]:
-        name, in_file, wanted = sorted(report["mismatched_keys"])[0]
-        raise place.refuse(
-            f"{len(report['mismatched_keys'])} weights are not of the shape that its config.json"
-            f" tells: {name} is {tuple(in_file)} in the file, not {tuple(wanted)}"
-        )
-    if report["missing_keys"]:
-        others = report["unexpected_keys"]
-        hint = f"; the file has {_some(others)}, which fit nowhere" if others else ""
-        raise place.refuse(
-            f"{_some(report['missing_keys'])} missing in its weights, and would be random{hint}"
-        )
-    if report["error_msgs"]:
-        raise place.refuse(report["error_msgs"][0])
-    layers = [x for x in sorted(report["unexpected_keys"]) if re.search(r"\.\d+\.", x)]
-    if layers:
-        raise place.refuse(
-            f"its weights have {_some(layers)}, for which its config.json has no place"
-        )
-
-
-def _some(names: Any) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _check_numbers(place: Place, model: nn.Module) -> None:
-    """No weight is NaN or infinite, and none was left without numbers."""
-    for name, x in (*model.named_parameters(), *model.named_buffers()):
-        if x.is_meta:
-            raise place.refuse(f"{name} was not loaded: it has no numbers")
-    for name, x in model.named_parameters():
-        # A sum takes no memory; what overflows in it is looked at twice.
-        if x.dtype in FLOATS and not x.detach().sum(dtype=torch.float32).isfinite():
-            if not x.isfinite().all():
-                kind = "NaN" if x.isnan().any() else "infinite numbers"
-                raise place.refuse(f"{name} holds {kind}: these weights are broken")
 
 
 def _check_direction(place: Place, model: nn.Module, models: ModelSettings) -> None:
@@ -503,79 +441,3 @@ def _check_direction(place: Place, model: nn.Module, models: ModelSettings) -> N
         raise place.refuse(
             f"{type(model).__name__} sees the tokens that it is to predict: it is no causal LM"
         )
-
-
-def _with_new_adapters(place: Place, model: nn.Module, models: ModelSettings) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=models.lora_r,
-        lora_alpha=2 * models.lora_r if models.lora_alpha is None else models.lora_alpha,
-        lora_dropout=models.lora_dropout,
-        target_modules=models.lora_targets or "all-linear",
-        task_type="CAUSAL_LM" if models.task == "causal-lm" else None,
-    )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        layers = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)}
-        raise place.refuse(
-            f"no adapters on {', '.join(models.lora_targets) or 'its layers'}: its linear layers"
-            f" are {', '.join(sorted(layers))}",
-            error,
-        ) from error
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
-
-
-def _with_adapter(place: Place, model: nn.Module, trained: bool) -> nn.Module:
-    """A model under the adapter of a folder, after making sure that all of it found its place."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    try:
-        settings = PeftConfig.from_pretrained(place.adapter)
-        if settings.is_prompt_learning:
-            raise place.refuse(f"{settings.peft_type.value} adapters add tokens: not supported")
-        model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trained)
-        in_file = load_peft_weights(place.adapter, device="cpu")
-    except InputError:
-        raise
-    except Exception as error:
-        raise _refusal(place, error) from error
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if missing := wanted.keys() - in_file.keys():
-        raise place.refuse(f"{_some(missing)} missing in the adapter, and would be random")
-    # An adapter on the embeddings saves their weights too, and peft reads them.
-    base = {_plain(f"base_model.model.{name}") for name in model.get_base_model().state_dict()}
-    unknown = {name for name in in_file.keys() - wanted.keys() if _plain(name) not in base}
-    if unknown:
-        raise place.refuse(f"the adapter's {_some(unknown)} fit nowhere in {place.base}")
-    _check_numbers(place, model)
-    return model
-
-
-def _plain(name: str) -> str:
-    """Of a weight, without peft's wrapper."""
-    return name.replace(".base_layer.", ".")
-
-
-def _merged(model: nn.Module) -> nn.Module:
-    """The model with its adapter in its weights, if they are not quantised; so that a head's
-    adapter is part of the head.
-
-    A head that shares the embeddings' weight gets one of its own: what is added to one of the two
-    would be added to both.
-    """
-    base = model.get_base_model()
-    if getattr(base, "is_quantized", False) or not hasattr(model, "merge_and_unload"):
-        return model
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    inner = [getattr(x, "base_layer", x) for x in (head, embeddings)]
-    if inner[0] is not None and inner[0].weight is inner[1].weight and inner != [head, embeddings]:
-        inner[0].weight = nn.Parameter(inner[0].weight.detach().clone())
-        base.config.get_text_config().tie_word_embeddings = False
-        base.config.tie_word_embeddings = False
-    return model.merge_and_unload()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from fastkd.training.errors import InputError
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.distcp", "*/*.distcp")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-LONGEST = 300  # characters of an error
+INDEX = "model.safetensors.index.json"
+LONG, LONGEST = 200, 300  # characters of another's error, and of ours
 
 
 class Place(NamedTuple):
@@ -30,12 +32,34 @@ class Place(NamedTuple):
     base: str
     adapter: str | None = None
 
-    def refuse(self, what: object, cause: BaseException | None = None) -> InputError:
-        """The error to raise, in one line: `what` names the fault, or is an exception."""
-        text = one_line(what) or type(what).__name__
-        error = InputError(_shortened(f"the {self.side} {self.name}: {text}"))
-        error.__cause__ = cause if cause is not None else _exception(what)
-        return error
+    def refuse(self, what: str | Exception, before: str = "") -> InputError:
+        """The error to raise, in one line.
+
+        Args:
+            what: the fault, or an exception of transformers', peft's or torch's.
+            before: stands before it.
+        """
+        text = what if isinstance(what, str) else self._in_words(what)
+        text = f"the {self.side} {self.name}: {before}{' '.join(text.split())}"
+        return InputError(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+
+    def _in_words(self, error: Exception) -> str:
+        """In a user's words, where the libraries' are those of their functions."""
+        text = " ".join(str(error).split())
+        first = text or type(error).__name__
+        if len(first) > LONG:  # after the first sentence comes all that would have been possible
+            first = re.split(r"(?<=\w{3}\.) (?=[A-Z])", first)[0]
+        if "trust_remote_code" in text:
+            return "comes with code of its own; --trust_remote_code runs it, if you trust it"
+        if "Weights only load failed" in text:
+            return "its weights are a pickle that holds more than weights: ask for safetensors"
+        if isinstance(error, OSError) and not Path(self.base).exists():
+            return f"no such folder, and not to be had from the hub: {first}"
+        if type(error).__name__ == "SafetensorError":
+            return f"a file of its weights is broken: {first}"
+        if isinstance(error, KeyError):
+            return f"unknown {first}"
+        return first
 
 
 def find(side: str, name: str) -> Place:
@@ -64,21 +88,6 @@ def find(side: str, name: str) -> Place:
         raise made.refuse(f"an adapter on another adapter, {under}: merge that one first")
     _check_model(under_it)
     return made
-
-
-INDEX = "model.safetensors.index.json"
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
-def _exception(what: object) -> BaseException | None:
-    return what if isinstance(what, BaseException) else None
 
 
 def _expanded(name: str) -> str:
@@ -116,7 +125,7 @@ def _adapter_settings(place: Place) -> dict | None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise place.refuse(f"{path.name} cannot be read: {error}", error) from error
+        raise place.refuse(f"{path.name} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise place.refuse(f"{path.name} is not an adapter's")
     return settings
@@ -125,7 +134,7 @@ def _adapter_settings(place: Place) -> dict | None:
 def _of_file(path: Path) -> str:
     if path.suffix.lower() == ".gguf":
         return (
-            "GGUF file must be converted: AutoModelForCausalLM.from_pretrained(folder,"
+            "a GGUF file must be converted: AutoModelForCausalLM.from_pretrained(folder,"
             " gguf_file=…).save_pretrained(new_folder), and the same for AutoTokenizer"
         )
     return "a file: name the folder with config.json and the weights"
@@ -140,7 +149,7 @@ def _check_model(place: Place) -> None:
         runs = [p for p in folder.glob("checkpoint-*") if p.is_dir()]
         hint = f"; {max(runs, key=os.path.getmtime).name} in it may be one" if runs else ""
         if any(folder.glob("*.gguf")):
-            hint = f"; its {_of_file(next(folder.glob('*.gguf')))}"
+            hint = f"; {_of_file(next(folder.glob('*.gguf')))}"
         raise place.refuse(f"no config.json in this folder: it is not a model's{hint}")
     if not any(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise place.refuse("a config.json, but no weights (model.safetensors)")

@@ -163,7 +163,10 @@ class DistillationMixin:
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._learns:
             self.objective.zero_grad()
-        batches = self.prepare_batches(list(islice(epoch_iterator, num_batches)))
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and "labels" in batches[-1]:
+            batches[-1], _ = self._without_repeats(batches[-1])
+        batches = self.prepare_batches(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):

@@ -260,7 +260,7 @@ def test_early_stopping(settings, tmp_path):
 
 def launched(settings, tmp_path, launcher, **env):
     done = subprocess.run(
-        [*launcher, "-m", "fastkd", "distill", *flags(settings)], env=environment(**env),
+        [*map(str, launcher), "-m", "fastkd", "distill", *flags(settings)], env=environment(**env),
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -274,24 +274,20 @@ def test_two_processes_make_the_steps_of_one(settings, tmp_path, fsdp):
         save_steps=2,
     )  # fmt: skip
     assert run(**settings | dict(batch_size=4)) == 0
-    accelerate = dict(
-        compute_environment="LOCAL_MACHINE", distributed_type="MULTI_CPU", num_processes=2,
-        num_machines=1, machine_rank=0, use_cpu=True, main_process_port=0,
-    )  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     if fsdp:
-        accelerate |= dict(
-            distributed_type="FSDP",
+        accelerate = dict(
+            compute_environment="LOCAL_MACHINE", distributed_type="FSDP", num_processes=2,
+            num_machines=1, machine_rank=0, use_cpu=True, main_process_port=0,
             fsdp_config=dict(
                 fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
                 fsdp_transformer_layer_cls_to_wrap="LlamaDecoderLayer",
                 fsdp_state_dict_type="FULL_STATE_DICT", fsdp_reshard_after_forward=True,
             ),
         )  # fmt: skip
-    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(accelerate))
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(tmp_path / "accelerate.yaml"),
-    ]  # fmt: skip
+        config = tmp_path / "accelerate.yaml"
+        config.write_text(yaml.safe_dump(accelerate))
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     printed = launched(settings | dict(output=tmp_path / "two"), tmp_path, launcher)
     assert printed.count("The model is in") == 1
     assert difference(tmp_path / "out", tmp_path / "two") < 1e-6

@@ -32,7 +32,8 @@ def main(names, path, output, size=4, steps=4, lr=1e-4, optimizer=torch.optim.Ad
                 accelerator.backward(loss * (steps * accelerator.num_processes))
                 optimizer.step()
                 optimizer.zero_grad()
-    accelerator.unwrap_model(student).save_pretrained(output)
+    student = accelerator.unwrap_model(student)
+    student.save_pretrained(output, is_main_process=accelerator.is_main_process)
 
 
 if __name__ == "__main__":

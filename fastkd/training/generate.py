@@ -1,38 +1,64 @@
-"""`fastkd generate`: a teacher's answers to a file of prompts, as data to distil on."""
+"""`fastkd generate`: a teacher's answers to prompts, as data to distil on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
 
-from fastkd.recipes import generate as answers
-from fastkd.training.chat import prompts_of
+from fastkd.recipes import generate as written
 from fastkd.training.data import load_rows
-from fastkd.training.errors import InputError
-from fastkd.training.models import open_teachers, open_tokenizer
-from fastkd.training.settings import GenerateSettings, ModelSettings
+from fastkd.training.encode import ANSWERS, CHATS, IGNORED, QUESTIONS, Encoder, Prompts
+from fastkd.training.errors import InputError, one_line
+from fastkd.training.models import check_models, open_teachers, open_tokenizer
+from fastkd.training.outputs import write
+from fastkd.training.settings import DataSettings, GenerateSettings, ModelSettings
 
-FREE = ("output", "overwrite", "attn_implementation")  # may change when a file is gone on with
+# The column of an answer, by the question's.
+ANSWER_TO = {"prompt": "completion", "instruction": "output", "query": "response"}
+WORD = "x"  # stands for the answer while the prompt is made
+MAY_CHANGE = ("output", "overwrite", "attn_implementation", "limit")
+
+
+class Prompt(NamedTuple):
+    row: dict[str, Any]  # as in the data
+    kind: str  # the column of the question
+    ids: list[int]  # what the teacher reads
+
+    def answered(self, text: str) -> dict[str, Any]:
+        """The row with this answer in the place of any that it had."""
+        if self.kind in CHATS:
+            messages = _asked(self.row[self.kind])
+            ours = {"from": "gpt", "value": text} if "from" in messages[0] else {
+                "role": "assistant", "content": text,
+            }  # fmt: skip
+            return self.row | {self.kind: [*messages, ours]}
+        rest = {k: x for k, x in self.row.items() if k not in ANSWERS}
+        return rest | {ANSWER_TO.get(self.kind, "answer"): text}
 
 
 def generate(settings: GenerateSettings) -> int:
-    """Write an answer to every prompt: one JSON line each, `prompt` and `response`, or `messages`
-    with the answer as the last of them.
+    """Write the teacher's answer to every prompt: a JSON line each, the data's row with the answer
+    in it, which `fastkd distill --data` reads.
 
-    Beside the file, `<file>.settings.json` holds the settings: the same command goes on with a file
-    that was interrupted, and ends as it would have ended.
+    Beside the file, `<file>.settings.json` holds the settings. The same command goes on with a file
+    that was interrupted, and ends with what it would have been.
 
     Returns:
         How many answers the file holds.
 
     Raises:
-        InputError: settings, prompts or a file that cannot be.
+        InputError: settings, prompts or a file that cannot be; before anything is written.
     """
     _check(settings)
     output = Path(settings.output)
-    rows = [load_rows(x, settings.data_split, settings.data_name) for x in settings.data]
+    disable_progress_bars()
+    sources = [load_rows(x, settings.data_split, settings.data_name) for x in settings.data]
     models = ModelSettings(
         student=settings.teacher,
         teacher=[settings.teacher],
@@ -41,41 +67,166 @@ def generate(settings: GenerateSettings) -> int:
         trust_remote_code=settings.trust_remote_code,
     )
     tokenizer, *_ = open_tokenizer(models)
-    prompts = [p for part in rows for p in prompts_of(part, tokenizer, settings.prompt_template)]
+    length = settings.max_prompt_length + settings.max_new_tokens
+    for text in check_models(models, DataSettings(max_length=length)):
+        print(text)
+    prompts = [p for rows in sources for p in prompts_of(rows, tokenizer, settings)]
     prompts = prompts[: settings.limit]
-    if not prompts:
-        raise InputError(f"{', '.join(settings.data)}: no prompts")
     done = _begin(settings, output, prompts)
-    fits = [
-        i for i, p in enumerate(prompts) if _length(tokenizer, p.text) <= settings.max_prompt_length
-    ]
-    if len(fits) < len(prompts):
-        print(
-            f"left out {len(prompts) - len(fits):,} of {len(prompts):,} prompts: longer than"
-            f" {settings.max_prompt_length} tokens"
-        )
-    left = fits[len(done) :]
-    if done:
-        print(f"{len(done):,} of {len(fits):,} answers are there: going on")
+    print(f"{len(prompts):,} prompts" + (f", {done:,} of them answered: going on" if done else ""))
     (teacher,) = open_teachers(models)
-    made = answers(
+    sampling = {"top_p": settings.top_p} if settings.top_p < 1 else {}
+    sampling |= {"top_k": settings.top_k} if settings.top_k else {}
+    answers = written(
         teacher,
         tokenizer,
-        [prompts[i].text for i in fits],
+        [prompt.ids for prompt in prompts],
         batch_size=settings.batch_size,
-        start=len(done),
-        sampling=dict(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=settings.seed,
-        ),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        start=done,
+        **(sampling if settings.temperature else {}),
     )
     with output.open("a", encoding="utf-8") as file:
-        for i, text in tqdm(made, total=len(fits), initial=len(done), desc=output.name):
-            file.write(json.dumps(prompts[fits[i]].answered(text), ensure_ascii=False) + "\n")
+        for i, text in tqdm(answers, total=len(prompts), initial=done, desc=output.name):
+            file.write(json.dumps(prompts[i].answered(text), ensure_ascii=False) + "\n")
             file.flush()
-    print(f"{len(fits):,} answers are in {output}. To distil on them:")
+    print(f"The answers are in {output}. To distil on them:")
     print(f"    fastkd distill --data {output} --teacher {settings.teacher} --student … --output …")
-    return len(fits)
+    return len(prompts)
+
+
+def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> list[Prompt]:
+    """What the teacher reads: of each row exactly what would stand before its answer in training.
+
+    Raises:
+        InputError: no format with a prompt, no row left.
+    """
+    columns = rows.column_names
+    kind = next((c for c in (*CHATS, *QUESTIONS) if c in columns), None)
+    if kind is None and "text" in columns:
+        rows, kind = rows.rename_column("text", "prompt"), "prompt"
+    if kind is None:
+        raise InputError(
+            f"found the columns {', '.join(columns)}; expected one of prompts:"
+            f" {', '.join((*CHATS, *QUESTIONS, 'text'))}"
+        )
+    plain = rows.to_list()
+    asked = Dataset.from_list([Prompt(row, kind, []).answered(WORD) for row in plain])
+    if kind in CHATS:
+        asked = Dataset.from_list(
+            [row | {kind: json.dumps(_last_counts(row[kind]))} for row in asked.to_list()]
+        )
+    prompts = Prompts(student=settings.prompt_template)
+    limit = settings.max_prompt_length + 64  # with room for the answer's word and its end
+    made = Encoder(tokenizer, limit, None, "causal-lm", prompts).encode(asked, packing=False)
+    for line in made.report[1:]:
+        print(line)
+    found = {}
+    for row in made.rows:  # of several examples of a conversation, the last
+        ids = row["input_ids"]
+        first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+        found[row["row"]] = ids[:first]
+    fits = {i: ids for i, ids in found.items() if len(ids) <= settings.max_prompt_length}
+    if len(fits) < len(found):
+        print(
+            f"left out {len(found) - len(fits):,} of {len(plain):,} prompts: longer than"
+            f" {settings.max_prompt_length} tokens"
+        )
+    if not fits:
+        raise InputError(f"none of the {len(plain):,} prompts fits {settings.max_prompt_length}")
+    return [Prompt(plain[i], kind, ids) for i, ids in sorted(fits.items())]
+
+
+def _asked(messages: Any) -> list[dict[str, Any]]:
+    """A conversation up to the last question."""
+    messages = json.loads(messages) if isinstance(messages, str) else list(messages)
+    while messages and (messages[-1].get("role") or messages[-1].get("from")) in (
+        "assistant",
+        "gpt",
+    ):
+        messages.pop()
+    if not messages:
+        raise InputError("a conversation without a question")
+    return messages
+
+
+def _last_counts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Only the last turn is learnt: what stands before it is the prompt."""
+    clean = [{k: x for k, x in m.items() if x is not None} for m in messages]
+    return [m | {"weight": 0} for m in clean[:-1]] + clean[-1:]
+
+
+def _check(settings: GenerateSettings) -> None:
+    for name in ("teacher", "data", "output"):
+        if not getattr(settings, name):
+            raise InputError(f"--{name} is missing")
+    for name in ("batch_size", "max_prompt_length", "max_new_tokens"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} must be positive, got {getattr(settings, name)}")
+    if settings.limit is not None and settings.limit < 1:
+        raise InputError(f"limit must be positive, got {settings.limit}")
+    if not (settings.temperature >= 0 and math.isfinite(settings.temperature)):
+        raise InputError(f"temperature must not be negative, got {settings.temperature}")
+    if not 0 < settings.top_p <= 1:
+        raise InputError(f"top_p must be in (0, 1], got {settings.top_p}")
+    if settings.top_k < 0:
+        raise InputError(f"top_k must not be negative, got {settings.top_k}")
+    output = Path(settings.output)
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; a file is needed, answers.jsonl")
+
+
+def _begin(settings: GenerateSettings, output: Path, prompts: list[Prompt]) -> int:
+    """How many answers the file holds already; it is begun, or cut after its last whole line.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    aside = output.with_name(output.name + ".settings.json")
+    now = {k: x for k, x in dataclasses.asdict(settings).items() if k not in MAY_CHANGE}
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        exists = output.exists() and output.stat().st_size > 0
+        was = json.loads(aside.read_text(encoding="utf-8")) if aside.exists() else None
+    except ValueError:
+        was = None
+    except OSError as error:
+        raise InputError(f"--output {output}: {one_line(error)}") from error
+    if exists and not settings.overwrite:
+        if was is None:
+            raise InputError(f"{output} exists, and is not of `fastkd generate`: --overwrite it?")
+        changed = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
+        if changed:
+            raise InputError(f"{output} was written with other settings: {'; '.join(changed)}")
+        return _whole_lines(output, prompts)
+    try:
+        output.write_text("", encoding="utf-8")
+        write(aside, json.dumps(now, indent=1))
+    except OSError as error:
+        raise InputError(f"--output {output}: {one_line(error)}") from error
+    return 0
+
+
+def _whole_lines(output: Path, prompts: list[Prompt]) -> int:
+    """Cut the file after its last answer that is whole; count them."""
+    text = output.read_bytes()
+    lines = text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines()
+    for i, line in enumerate(lines):
+        row, ours = json.loads(line), prompts[i] if i < len(prompts) else None
+        if (
+            ours is not None
+            and ours.answered("").keys() != row.keys()
+            or (ours is not None and _question(ours.row, ours.kind) != _question(row, ours.kind))
+        ):
+            raise InputError(
+                f"{output}, line {i + 1}: the answer to another prompt than the data's"
+            )
+    with output.open("r+b") as file:
+        file.truncate(text.rfind(b"\n") + 1)
+    return min(len(lines), len(prompts))
+
+
+def _question(row: dict[str, Any], kind: str) -> Any:
+    return _asked(row[kind]) if kind in CHATS else row[kind]

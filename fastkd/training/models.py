@@ -425,6 +425,12 @@ def _load(place: Place, models: ModelSettings, dtype: str, in_4bit: bool = False
             )
     except Exception as error:
         raise place.refuse(error) from error
+    if place.side == "student":
+        for module in model.modules():
+            # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, and makes
+            # products with them that no gradient passes.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     check_report(place, model, report)
     check_numbers(place, model)
     _check_direction(place, model, models)

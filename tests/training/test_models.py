@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_lms import gradients
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -39,6 +40,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from fastkd.recipes.lm import find_head, looks_ahead, run
+from fastkd.training import cut
 from fastkd.training import models as opening
 from fastkd.training.cut import layers_to_keep
 from fastkd.training.errors import InputError
@@ -494,12 +496,27 @@ def test_adapters_that_fit_nowhere(shop, tmp_path):
 
 
 def test_adapters_on_4_bits(shop):
-    pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes")
     source = shop.model("64-wide-4", hidden_size=64, intermediate_size=64)
     student, _ = opened(settings(source, load_in_4bit=True, lora_r=2))
+    assert "uint8" in describe(student, [])[1]
+    for p in student.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.1)
+    # As under the same weights in 32 bits.
+    plain, _ = opened(settings(source, lora_r=2))
+    numbers = {n: p.data for n, p in student.named_parameters() if p.dtype != torch.uint8}
+    for name, module in student.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed = module.weight.data, module.weight.quant_state
+            numbers[f"{name}.weight"] = bnb.functional.dequantize_4bit(*packed)
+    plain.load_state_dict(numbers)
+    plain.eval()(IDS).logits.logsumexp(-1).sum().backward()
+    student.eval()(IDS)  # from here on bitsandbytes by itself loses gradients on some CPUs
     student(IDS).logits.logsumexp(-1).sum().backward()
-    trained = [p for p in student.parameters() if p.requires_grad]
-    assert "uint8" in describe(student, [])[1] and all(p.grad is not None for p in trained)
+    theirs = gradients(plain)
+    for name, grad in gradients(student).items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-5)
     folder = shop.save("4-bit-adapter", student)
     again, (teacher,) = opened(settings(folder, folder, load_in_4bit=True))
     assert torch.equal(again.eval()(IDS).logits, student.eval()(IDS).logits)
@@ -563,6 +580,30 @@ def test_a_student_of_the_teachers_layers(shop, config, spec):
     assert torch.equal(run(again, None, {"input_ids": IDS})[0], logits)
     if not masked:
         student.generate(IDS[:, :3], max_new_tokens=2, do_sample=False)  # its cache has 2 layers
+
+
+def test_settings_and_logits_each_tell_layers_at_wrong_places(shop, monkeypatch):
+    """A window longer than the text of the trial; a scale by the layer's number."""
+    config = Gemma2Config(**DEEP, head_dim=8, sliding_window=32)
+    folder = shop.model("windows", config)
+    made = cut._configuration
+
+    def first_two(config, count, kept):
+        return made(config, count, [0, 1])
+
+    monkeypatch.setattr(cut, "_configuration", first_two)
+    refused(
+        "depend on their places",
+        models=settings(None, folder, student_from_teacher="layers=0,2"),
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(cut, "_alike", lambda *layers: True)
+    scaled = GPT2Config(**GPT2, n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    folder = shop.model("scaled-by-number", scaled)
+    refused(
+        "depend on their places",
+        models=settings(None, folder, student_from_teacher="layers=0,2"),
+    )
 
 
 def test_layers_that_cannot_be_moved(shop):

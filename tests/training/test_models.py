@@ -22,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     DistilBertConfig,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
@@ -229,6 +230,7 @@ def test_folders_that_are_no_models(shop, tmp_path):
     }.items():
         refused(*parts, models=settings(shop.student, folder))
     refused("no model to train", models=settings(None, shop.teacher))
+    refused("empty name", models=settings("", shop.teacher))
 
 
 def test_pickles_of_weights_alone_are_opened(shop, tmp_path):
@@ -580,6 +582,19 @@ def test_a_student_of_the_teachers_layers(shop, config, spec):
     assert torch.equal(run(again, None, {"input_ids": IDS})[0], logits)
     if not masked:
         student.generate(IDS[:, :3], max_new_tokens=2, do_sample=False)  # its cache has 2 layers
+
+
+def test_a_pictures_tower_keeps_its_layers(shop):
+    vision = dict(DEEP, image_size=16, patch_size=4)
+    text = dict(DEEP, head_dim=8)
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5
+    )
+    folder = shop.model("seeing", config)
+    student, (teacher,) = opened(settings(None, folder, student_from_teacher="every=2"))
+    assert len(student.get_decoder().layers) == 2
+    towers = [m.state_dict() for m in (student.model.vision_tower, teacher.model.vision_tower)]
+    assert towers[0].keys() == towers[1].keys()
 
 
 def test_settings_and_logits_each_tell_layers_at_wrong_places(shop, monkeypatch):

@@ -36,6 +36,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
     XLNetConfig,
 )
 from transformers.trainer_utils import set_seed
@@ -250,6 +252,7 @@ def test_models_of_another_sort_than_the_task(shop):
     roberta = shop.model("roberta", RobertaConfig(**size), AutoModelForMaskedLM)
     xlnet = XLNetConfig(vocab_size=V, d_model=16, n_layer=1, n_head=2, d_inner=16)
     distil = DistilBertConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    vit = ViTConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, image_size=16)
     tied = LlamaConfig(**size, tie_word_embeddings=True, pad_token_id=0)
     for folder, part in {
         shop.save("t5", T5ForConditionalGeneration(t5)): "is an encoder-decoder",
@@ -258,6 +261,7 @@ def test_models_of_another_sort_than_the_task(shop):
         roberta: "--task masked-lm",
         shop.model("distil", distil, AutoModelForMaskedLM): "--task masked-lm",
         shop.model("xlnet", xlnet): "sees the tokens that it is to predict",
+        shop.save("pictures", ViTForImageClassification(vit)): "ForImageClassification",
         shop.save("judge", LlamaForSequenceClassification(tied)): "ForSequenceClassification",
     }.items():
         refused(part, models=settings(folder, shop.teacher))
@@ -388,6 +392,10 @@ def test_what_the_machine_lacks(shop, monkeypatch):
     on_cpu = SimpleNamespace(fp16=True, device=torch.device("cpu"))
     refused("fp16 on a CPU", "--bf16", models=plain, training=on_cpu)
     refused('"nonsense"', models=settings(shop.student, attn_implementation="nonsense"))
+    with monkeypatch.context() as patch:  # as if the package were there
+        patch.setattr(opening, "_skeleton", lambda place, *_: opening._load(place, plain, "auto"))
+        flash = settings(shop.student, attn_implementation="flash_attention_2")
+        refused("--bf16", models=flash, training=SimpleNamespace(fp16=False, bf16=False))
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     refused("pip install peft", models=settings(shop.student, lora_r=2))
     monkeypatch.setattr(opening, "find_spec", lambda name: name != "bitsandbytes" or None)

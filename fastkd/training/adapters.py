@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from fastkd.training.errors import InputError
@@ -57,7 +59,9 @@ def load(place: Place, model: nn.Module, trained: bool) -> nn.Module:
         settings = PeftConfig.from_pretrained(place.adapter)
         if settings.is_prompt_learning:
             raise place.refuse(f"{settings.peft_type.value} adapters add tokens: not supported")
-        model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trained)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trained)
         in_file = load_peft_weights(place.adapter, device="cpu")
     except InputError:
         raise

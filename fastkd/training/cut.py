@@ -55,6 +55,9 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         outer = not any(name.startswith(f"{other}.") for other in found)
         if isinstance(module, nn.ModuleList) and len(module) == count > 0 and outer:
             found[name] = module
+    if len(found) > 1:  # of a picture's tower too, perhaps
+        inside = set(model.get_decoder().modules())
+        found = {name: module for name, module in found.items() if module in inside}
     if len(found) != 1:
         raise InputError(
             f"student_from_teacher: {type(model).__name__} has {len(found)} lists of {count}"

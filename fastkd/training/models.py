@@ -91,8 +91,6 @@ def check_models(models: ModelSettings, data: DataSettings, training: Any = None
     """
     student, teachers = _places(models)
     _check_adapters(models, student, teachers)
-    if getattr(training, "fp16", False) and training.device.type == "cpu":
-        raise InputError("fp16 on a CPU: its gradients would overflow unseen; use --bf16")
     own_text = (data.student_prompt_template, data.teacher_prompt_template) != (None, None)
     teachers_length = (data.max_teacher_length if own_text else None) or data.max_length
     remarks = []
@@ -109,6 +107,8 @@ def check_models(models: ModelSettings, data: DataSettings, training: Any = None
         remarks += _check_length(place, skeleton, length, flag)
         if models.student_from_teacher is not None and place.side == "student":
             cut.layers_to_keep(models.student_from_teacher, len(cut.blocks(skeleton)[1]))
+    if training is not None:
+        _check_precision(student, models, training)
     return remarks
 
 
@@ -212,7 +212,9 @@ def _tokenizer(place: Place, models: ModelSettings) -> tuple[Any, int]:
     source, files = place.base, ("tokenizer.json", "tokenizer_config.json")
     if place.adapter is not None and any((Path(place.adapter) / file).exists() for file in files):
         source = place.adapter
-    size = _config(place, models).get_text_config().vocab_size
+    config = _config(place, models)
+    _check_sort(place, config, models)
+    size = config.get_text_config().vocab_size
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -340,6 +342,15 @@ def _check_trainable(place: Place, config: Any, models: ModelSettings) -> None:
         raise place.refuse("float16 weights cannot be trained: --student_dtype float32")
 
 
+def _check_precision(student: Place, models: ModelSettings, training: Any) -> None:
+    """What is computed in 16 bits."""
+    if training.fp16 and training.device.type == "cpu":
+        raise InputError("fp16 on a CPU cannot be trained with: use --bf16")
+    whole = models.student_dtype == "float32" and not (training.fp16 or training.bf16)
+    if whole and "flash" in (models.attn_implementation or ""):
+        raise student.refuse("flash attention computes in 16 bits: add --bf16")
+
+
 def _skeleton(place: Place, config: Any, models: ModelSettings) -> nn.Module:
     """The model without numbers, on the meta device."""
     options = _options(models)
@@ -425,6 +436,12 @@ def _load(place: Place, models: ModelSettings, dtype: str, in_4bit: bool = False
             )
     except Exception as error:
         raise place.refuse(error) from error
+    if place.side == "student":
+        for module in model.modules():
+            # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, and makes
+            # products with them that no gradient passes.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     check_report(place, model, report)
     check_numbers(place, model)
     _check_direction(place, model, models)

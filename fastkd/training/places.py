@@ -69,6 +69,8 @@ def find(side: str, name: str) -> Place:
         InputError: no such folder, a file, a folder without a model, an adapter without weights or
             without the model under it.
     """
+    if not name.strip():
+        raise InputError(f"the {side} has an empty name: name a folder or a model on the hub")
     place = Place(side, name, _expanded(name))
     settings = _adapter_settings(place)
     if settings is None:
@@ -98,7 +100,7 @@ def _expanded(name: str) -> str:
 
 def _is_path(name: str) -> bool:
     """Whether a name that does not exist here cannot be on the hub, as `owner/model` may."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or not name
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
 
 
 def _adapter_settings(place: Place) -> dict | None:

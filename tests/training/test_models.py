@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_lms import gradients
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     DistilBertConfig,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
@@ -34,11 +36,14 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
     XLNetConfig,
 )
 from transformers.trainer_utils import set_seed
 
 from fastkd.recipes.lm import find_head, looks_ahead, run
+from fastkd.training import cut
 from fastkd.training import models as opening
 from fastkd.training.cut import layers_to_keep
 from fastkd.training.errors import InputError
@@ -227,6 +232,7 @@ def test_folders_that_are_no_models(shop, tmp_path):
     }.items():
         refused(*parts, models=settings(shop.student, folder))
     refused("no model to train", models=settings(None, shop.teacher))
+    refused("empty name", models=settings("", shop.teacher))
 
 
 def test_pickles_of_weights_alone_are_opened(shop, tmp_path):
@@ -246,6 +252,7 @@ def test_models_of_another_sort_than_the_task(shop):
     roberta = shop.model("roberta", RobertaConfig(**size), AutoModelForMaskedLM)
     xlnet = XLNetConfig(vocab_size=V, d_model=16, n_layer=1, n_head=2, d_inner=16)
     distil = DistilBertConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    vit = ViTConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, image_size=16)
     tied = LlamaConfig(**size, tie_word_embeddings=True, pad_token_id=0)
     for folder, part in {
         shop.save("t5", T5ForConditionalGeneration(t5)): "is an encoder-decoder",
@@ -254,6 +261,7 @@ def test_models_of_another_sort_than_the_task(shop):
         roberta: "--task masked-lm",
         shop.model("distil", distil, AutoModelForMaskedLM): "--task masked-lm",
         shop.model("xlnet", xlnet): "sees the tokens that it is to predict",
+        shop.save("pictures", ViTForImageClassification(vit)): "ForImageClassification",
         shop.save("judge", LlamaForSequenceClassification(tied)): "ForSequenceClassification",
     }.items():
         refused(part, models=settings(folder, shop.teacher))
@@ -384,6 +392,10 @@ def test_what_the_machine_lacks(shop, monkeypatch):
     on_cpu = SimpleNamespace(fp16=True, device=torch.device("cpu"))
     refused("fp16 on a CPU", "--bf16", models=plain, training=on_cpu)
     refused('"nonsense"', models=settings(shop.student, attn_implementation="nonsense"))
+    with monkeypatch.context() as patch:  # as if the package were there
+        patch.setattr(opening, "_skeleton", lambda place, *_: opening._load(place, plain, "auto"))
+        flash = settings(shop.student, attn_implementation="flash_attention_2")
+        refused("--bf16", models=flash, training=SimpleNamespace(fp16=False, bf16=False))
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     refused("pip install peft", models=settings(shop.student, lora_r=2))
     monkeypatch.setattr(opening, "find_spec", lambda name: name != "bitsandbytes" or None)
@@ -494,12 +506,27 @@ def test_adapters_that_fit_nowhere(shop, tmp_path):
 
 
 def test_adapters_on_4_bits(shop):
-    pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes")
     source = shop.model("64-wide-4", hidden_size=64, intermediate_size=64)
     student, _ = opened(settings(source, load_in_4bit=True, lora_r=2))
+    assert "uint8" in describe(student, [])[1]
+    for p in student.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.1)
+    # As under the same weights in 32 bits.
+    plain, _ = opened(settings(source, lora_r=2))
+    numbers = {n: p.data for n, p in student.named_parameters() if p.dtype != torch.uint8}
+    for name, module in student.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed = module.weight.data, module.weight.quant_state
+            numbers[f"{name}.weight"] = bnb.functional.dequantize_4bit(*packed)
+    plain.load_state_dict(numbers)
+    plain.eval()(IDS).logits.logsumexp(-1).sum().backward()
+    student.eval()(IDS)  # from here on bitsandbytes by itself loses gradients on some CPUs
     student(IDS).logits.logsumexp(-1).sum().backward()
-    trained = [p for p in student.parameters() if p.requires_grad]
-    assert "uint8" in describe(student, [])[1] and all(p.grad is not None for p in trained)
+    theirs = gradients(plain)
+    for name, grad in gradients(student).items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-5)
     folder = shop.save("4-bit-adapter", student)
     again, (teacher,) = opened(settings(folder, folder, load_in_4bit=True))
     assert torch.equal(again.eval()(IDS).logits, student.eval()(IDS).logits)
@@ -563,6 +590,43 @@ def test_a_student_of_the_teachers_layers(shop, config, spec):
     assert torch.equal(run(again, None, {"input_ids": IDS})[0], logits)
     if not masked:
         student.generate(IDS[:, :3], max_new_tokens=2, do_sample=False)  # its cache has 2 layers
+
+
+def test_a_pictures_tower_keeps_its_layers(shop):
+    vision = dict(DEEP, image_size=16, patch_size=4)
+    text = dict(DEEP, head_dim=8)
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5
+    )
+    folder = shop.model("seeing", config)
+    student, (teacher,) = opened(settings(None, folder, student_from_teacher="every=2"))
+    assert len(student.get_decoder().layers) == 2
+    towers = [m.state_dict() for m in (student.model.vision_tower, teacher.model.vision_tower)]
+    assert towers[0].keys() == towers[1].keys()
+
+
+def test_settings_and_logits_each_tell_layers_at_wrong_places(shop, monkeypatch):
+    """A window longer than the text of the trial; a scale by the layer's number."""
+    config = Gemma2Config(**DEEP, head_dim=8, sliding_window=32)
+    folder = shop.model("windows", config)
+    made = cut._configuration
+
+    def first_two(config, count, kept):
+        return made(config, count, [0, 1])
+
+    monkeypatch.setattr(cut, "_configuration", first_two)
+    refused(
+        "depend on their places",
+        models=settings(None, folder, student_from_teacher="layers=0,2"),
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(cut, "_alike", lambda *layers: True)
+    scaled = GPT2Config(**GPT2, n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    folder = shop.model("scaled-by-number", scaled)
+    refused(
+        "depend on their places",
+        models=settings(None, folder, student_from_teacher="layers=0,2"),
+    )
 
 
 def test_layers_that_cannot_be_moved(shop):

@@ -330,11 +330,11 @@ class Encoder:
                 raise Unusable("no messages")
         else:
             column = next(c for c in ANSWERS if c in row)
-            answers = row[column] if isinstance(row[column], list) else _text(row, column)
+            answers = row[column] if _are_messages(row[column]) else _text(row, column)
             if not answers or isinstance(answers, str) and not answers.strip():
                 raise Unusable(NO_RESPONSE)
             messages = row[kind]
-            if not isinstance(messages, list):
+            if not _are_messages(messages):
                 question = self._question(kind, row)
                 told = system.strip() or history or template or isinstance(answers, list)
                 if not told and (kind == "prompt" or self.chat is None):
@@ -360,8 +360,6 @@ class Encoder:
         chats = [
             [*head, *history, *self._asked(t, messages, row), *answers] for t in self._wanted()
         ]
-        if system.strip():
-            self._check_system(chats[0], template)
         return Plan(chats=tuple(chats), first=first, template=template)
 
     def _question(self, kind: str, row: dict) -> str:
@@ -398,16 +396,6 @@ class Encoder:
             else message
             for message in messages
         ]
-
-    def _check_system(self, messages: list[dict], template: dict) -> None:
-        """A template may leave out what it has no place for."""
-        prepared = self.chat.prepared(messages)
-        try:
-            without = self.chat.text(prepared[1:], template)
-        except InputError:
-            return
-        if self.chat.text(prepared, template) == without:
-            raise InputError("the chat template does not show the system prompt of the column")
 
     def _answered(self, plans: list[Plan]) -> Any:
         """For each plan the examples of student and teacher, a batch of texts at a time."""
@@ -570,6 +558,10 @@ def _text(row: dict, column: str) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return None if value != value else str(value)
     raise InputError(f"the column {column} holds {value!r:.60}, and not text")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, dict) for x in value)
 
 
 def _integers(value: Any, column: str) -> np.ndarray:

@@ -134,24 +134,24 @@ class Chat:
                 except InputError:  # it may not end here; then marks must tell, one for each answer
                     if len(marks) != len(_said(messages)):
                         raise
-            found.append((text, self._spans(shown, i, template, text, spans)))
+            found.append(self._placed(shown, i, template, text, spans))
         # An earlier turn is as it was when it was the last, up to where it ends.
         if all(whole.startswith(text[: spans[-1][1]]) for text, spans in found):
             return [self._example(whole, [span for _, spans in found for span in spans])]
         return [self._example(text, spans) for text, spans in found]
 
-    def _spans(
+    def _placed(
         self, messages: list[Message], i: int, template: dict, text: str, marks: list
-    ) -> list[tuple[int, int]]:
-        """Where message i is learnt in the rendering of `messages`, of which it is the last, or
-        whose marks are one for each answer."""
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A rendering, and where message i is learnt in it: that of `messages`, of which i is the
+        last, or whose marks are one for each answer."""
         if marks:
             if len(marks) == len(_said(messages)):
-                return [marks[_said(messages).index(i)]]
+                return text, [marks[_said(messages).index(i)]]
             before = self.text(messages[:i], template) if i else ""
             start = len(os.path.commonprefix([before, text]))
             if inside := [(a, b) for a, b in marks if a >= start]:
-                return inside
+                return text, inside
         prompt = self.text(messages[:i], template, True) if i else ""
         start = len(prompt)
         if not i or not text.startswith(prompt):
@@ -162,6 +162,13 @@ class Chat:
 
             trial = said(HERE)
             start = len(os.path.commonprefix([trial, prompt if i else said(THERE)]))
+            if i and trial[start : start + 1] != HERE and HERE in trial:
+                # The question is written otherwise once it is answered: the answer follows on it
+                # as at inference.
+                said_at = trial.index(HERE)
+                if text[:said_at] == trial[:said_at]:
+                    text, start = prompt + text[said_at:], len(prompt)
+                    trial = prompt + HERE
             if trial[start : start + 1] != HERE or text[:start] != trial[:start]:
                 raise InputError(
                     f"cannot tell where message {i} begins in what the chat template renders;"
@@ -170,7 +177,7 @@ class Chat:
         stop = len(text)
         if (stripped := text.rstrip()).endswith(self.ends) and len(stripped) > start:
             stop = len(stripped)
-        return [(start, stop)]
+        return text, [(start, stop)]
 
     def _example(self, text: str, spans: list[tuple[int, int]]) -> Example:
         parts, done = [], 0

@@ -108,6 +108,16 @@ def test_a_prompt_for_a_thought_that_an_answer_has_not():
     assert learnt(encode_chat(talk, tokenizer)[1], tokenizer) == "<table><|end|>b<|end|>"
 
 
+def test_a_question_that_is_written_otherwise_once_it_is_answered():
+    tokenizer = by_bytes(
+        CHAT.replace("{{ m['content'] }}", "{{ m['content'] }}{{ '!' if loop.last }}")
+    )
+    examples = encode_conversation(TALK, tokenizer)
+    assert [learnt(labels, tokenizer) for _, labels in examples] == ["hello!<|end|>", "bye!<|end|>"]
+    prompt = tokenizer.apply_chat_template(TALK[:3], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(examples[1][0]).startswith(prompt) and prompt.count("!") == 1
+
+
 def test_an_answer_without_a_question():
     tokenizer = by_bytes(CHAT)
     labels = encode_chat([assistant("hi"), user("q"), assistant("b")], tokenizer)[1]

@@ -93,11 +93,24 @@ class Chat:
         self._shows_system: dict[tuple[str, ...], bool] = {}
         self.as_parts = False
         self.as_parts = not self._shows(HERE) and self._shows([{"type": "text", "text": HERE}])
+        self.end = tokenizer.eos_token if self._adds(tokenizer.eos_token) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The name under which rows are cached must not depend on what was rendered before.
+        return self.__dict__ | {"_shows_system": {}}
 
     def _shows(self, content: Any) -> bool:
         """Whether the template writes a content of this form."""
         try:
             return HERE in self._run([{"role": "user", "content": content}], {}, False)[0]
+        except InputError:
+            return False
+
+    def _adds(self, end: str | None) -> bool:
+        """Whether the template ends an answer with this token."""
+        talk = [{"role": r, "content": self._form(HERE)} for r in ("user", "assistant")]
+        try:
+            return bool(end) and self._run(talk, {}, False)[0].rstrip().endswith(HERE + end)
         except InputError:
             return False
 
@@ -107,7 +120,10 @@ class Chat:
         for message in normalised(messages):
             message = {k: x for k, x in message.items() if k not in NOT_LEARNT}
             if isinstance(message.get("content"), str):
-                message["content"] = self._form(message["content"])
+                content = message["content"]
+                if self.end and message["role"] == "assistant":
+                    content = content.removesuffix(self.end)  # the template adds it
+                message["content"] = self._form(content)
             prepared.append(message)
         return prepared
 

@@ -124,6 +124,12 @@ def test_an_answer_without_a_question():
     assert learnt(labels, tokenizer) == "hi<|end|>b<|end|>"
 
 
+def test_an_end_that_is_there_already():
+    talk = [user("q"), assistant("a<|end|>"), user("q"), assistant("b")]
+    tokenizer = by_bytes(CHAT)
+    assert learnt(encode_chat(talk, tokenizer)[1], tokenizer) == "a<|end|>b<|end|>"
+
+
 def test_turns_that_are_not_learnt():
     talk = [user("q"), assistant("a", weight=0), user("q"), assistant("b", train=True)]
     talk += [user("q"), assistant("c", train=False), user("q"), assistant("")]

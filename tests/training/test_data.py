@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_chat import TALK, TOOLS, assistant, learnt, system, user
+from test_files import cache as cache  # for each test its own
 from tiny_lms import tiny
 from tiny_tokenizers import CHAT, by_bytes, masked_words
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MambaConfig
@@ -385,6 +386,20 @@ def test_held_out_data_of_another_format(source, tmp_path):
     data = DataSettings(data=[source("a", pairs(5))], eval_data=str(tmp_path / "d"), packing=False)
     read = open_data(data, by_bytes())
     assert len(read.train) == 5 and read.held_out.num_rows == 4
+
+
+def test_the_same_data_are_encoded_once(source, monkeypatch):
+    """By the names of what is cached: no state of the encoder is part of them."""
+    talks = [
+        [{"messages": [system("s"), user(f"{i}{j}"), assistant("a")]} for i in range(3)]
+        for j in "ab"
+    ]
+    settings = DataSettings(data=[source(name, t) for name, t in zip("ab", talks, strict=True)])
+    first = open_data(settings, by_bytes(CHAT))
+    from fastkd.training.encode import Encoder
+
+    monkeypatch.delattr(Encoder, "convert")  # it would have to
+    assert open_data(settings, by_bytes(CHAT)).train.to_list() == first.train.to_list()
 
 
 def test_errors_name_the_source(source):

@@ -107,6 +107,7 @@ def test_text_files_are_one_document_each(write, tmp_path):
         ("a.jsonl", LINE.encode("utf-16"), r"UTF-16"),
         ("a.jsonl", LINE + '{"text": "\\ud83d"}\n', r"line 2: '\\ud83d' is half of a character"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"line 3: 3 fields under 2 columns"),
+        ("a.csv", 'a,b\n1,2\n"1,2\n3,4\n', r"line 3: a quote that is not closed"),
         ("a.csv", "a,a\n1,2\n", r"the column a twice"),
         ("a.jsonl.gz", gzip.compress(LINE.encode() * 999)[:-9], r"a\.jsonl\.gz cannot be read: .+"),
         ("a.jsonl", "", r"a\.jsonl: no rows"),

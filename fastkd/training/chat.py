@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
@@ -218,8 +219,9 @@ class Chat:
         Together they are the ids of the text; but for a token that would straddle a border: what
         comes before is then tokenised alone, as a prompt is at inference.
         """
-        apart = [self.ids_of(part) for part in parts]
-        if sum(apart, []) == self.ids_of("".join(parts)):
+        texts = [*parts, "".join(parts)]
+        *apart, whole = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if list(chain.from_iterable(apart)) == whole:
             return apart
         found: list[list[int]] = []
         context, inside = "", []  # a text that begins at some border, and its ids

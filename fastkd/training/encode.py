@@ -325,7 +325,7 @@ class Encoder:
         system = _text(beside, "system") or ""
 
         if kind in CHATS:
-            messages, answers, first = chat.from_json(row[kind], kind), [], len(history)
+            messages, answers = chat.from_json(row[kind], kind), []
             if not messages:
                 raise Unusable("no messages")
         else:
@@ -344,7 +344,6 @@ class Encoder:
                 messages = [{"role": "user", "content": question}]
             if isinstance(answers, str):
                 answers = [{"role": "assistant", "content": answers}]
-            first = len(history) + len(messages)
         if self.chat is None:
             needs = ", ".join(c for c in beside if beside[c]) or kind
             raise InputError(f"{needs}: needs a tokenizer with a chat template; it has none")
@@ -355,11 +354,11 @@ class Encoder:
         if system.strip():
             if head and head[0].get("content") != system:
                 raise InputError("two system prompts: the column's and the conversation's")
-            first += not head
             head = [{"role": "system", "content": system}]
         chats = [
             [*head, *history, *self._asked(t, messages, row), *answers] for t in self._wanted()
         ]
+        first = len(head) + len(history) + (0 if kind in CHATS else len(messages))
         return Plan(chats=tuple(chats), first=first, template=template)
 
     def _question(self, kind: str, row: dict) -> str:
@@ -488,10 +487,10 @@ class Encoder:
         ids, labels = columns["input_ids"], columns.get("labels")
         if labels is not None and self.masked:
             raise InputError("labels: masked-lm masks tokens itself, and labels them")
+        there = columns.get("attention_mask", np.ones_like(ids)) != 0
         wanted, said = None, ""
         if labels is not None and not np.array_equal(labels, ids):
             wanted, said = labels != IGNORED, "labels"
-            there = columns.get("attention_mask", np.ones_like(ids)) != 0
             wrong = np.flatnonzero(wanted & (labels != ids) & there)
             if len(wrong):
                 k = wrong[0]
@@ -502,7 +501,7 @@ class Encoder:
         for name in MASKS:
             if name in columns:
                 mask = columns[name].astype(bool)
-                if wanted is not None and not np.array_equal(mask, wanted):
+                if wanted is not None and not np.array_equal(mask[there], wanted[there]):
                     raise InputError(f"{name} and {said} contradict each other")
                 wanted, said = mask, name
         return ids if wanted is None else np.where(wanted, ids, IGNORED)

@@ -75,6 +75,11 @@ ASKED = "<|user|>four<|end|>\n<|assistant|>4<|end|>\n"
             "<|user|>q<|end|>\n<|assistant|>a<|end|>\n" + ASKED,
         ),
         (
+            {"messages": [system("s"), user("four"), assistant("4")],
+             "history": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "<|system|>s<|end|>\n<|user|>q<|end|>\n<|assistant|>a<|end|>\n" + ASKED,
+        ),
+        (
             {"messages": [system("s"), user("four"), assistant("4")], "tools": '[{"name": "f"}]'},
             '[{"name": "f"}]<|system|>s<|end|>\n' + ASKED,
         ),
@@ -108,6 +113,8 @@ def test_special_tokens_are_added_once(text):
         ({"completion_mask": [0, 0, 1, 1]}, [1, 2, 3, 4], [-100, -100, 3, 4]),
         ({"assistant_masks": [0, 1, 0, 1], "labels": [-100, 2, -100, 4]},
          [1, 2, 3, 4], [-100, 2, -100, 4]),
+        ({"attention_mask": [1, 1, 1, 0], "labels": [-100, 2, 3, -100],
+          "completion_mask": [0, 1, 1, 1]}, [1, 2, 3], [-100, 2, 3]),
         ({"loss_mask": [0.0, 0.0, 1.0, 1.0]}, [1, 2, 3, 4], [-100, -100, 3, 4]),
     ],
 )  # fmt: skip

@@ -39,6 +39,7 @@ setup(
         "train": [
             "accelerate>=1.2",
             "datasets>=4.7",
+            "jinja2>=3.1.6",
             "matplotlib>=3.8",
             "pyyaml>=6",
             "tqdm>=4.65",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
@@ -90,7 +91,14 @@ class Chat:
         # Tokens that may end a turn; what a template writes after one is not generated.
         self.ends = tuple({*added, *tokenizer.all_special_tokens} - {""})
         self.ends = tuple(end for end in self.ends if end.strip() and end == end.rstrip())
+        self._shows_system: dict[tuple[str, ...], bool] = {}
+        self.as_parts = False
         self.as_parts = not self._shows(HERE) and self._shows([{"type": "text", "text": HERE}])
+        self.end = tokenizer.eos_token if self._adds(tokenizer.eos_token) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The name under which rows are cached must not depend on what was rendered before.
+        return self.__dict__ | {"_shows_system": {}}
 
     def _shows(self, content: Any) -> bool:
         """Whether the template writes a content of this form."""
@@ -99,13 +107,25 @@ class Chat:
         except InputError:
             return False
 
+    def _adds(self, end: str | None) -> bool:
+        """Whether the template ends an answer with this token."""
+        talk = [{"role": r, "content": self._form(HERE)} for r in ("user", "assistant")]
+        try:
+            return bool(end) and self._run(talk, {}, False)[0].rstrip().endswith(HERE + end)
+        except InputError:
+            return False
+
     def prepared(self, messages: Any) -> list[Message]:
         """Messages as templates expect them."""
-        prepared = normalised(messages)
-        if self.as_parts:
-            for message in prepared:
-                if isinstance(message.get("content"), str):
-                    message["content"] = [{"type": "text", "text": message["content"]}]
+        prepared = []
+        for message in normalised(messages):
+            message = {k: x for k, x in message.items() if k not in NOT_LEARNT}
+            if isinstance(message.get("content"), str):
+                content = message["content"]
+                if self.end and message["role"] == "assistant":
+                    content = content.removesuffix(self.end)  # the template adds it
+                message["content"] = self._form(content)
+            prepared.append(message)
         return prepared
 
     def examples(
@@ -131,35 +151,41 @@ class Chat:
                 except InputError:  # it may not end here; then marks must tell, one for each answer
                     if len(marks) != len(_said(messages)):
                         raise
-            found.append((text, self._spans(shown, i, template, text, spans)))
+            found.append(self._placed(shown, i, template, text, spans))
         # An earlier turn is as it was when it was the last, up to where it ends.
         if all(whole.startswith(text[: spans[-1][1]]) for text, spans in found):
             return [self._example(whole, [span for _, spans in found for span in spans])]
         return [self._example(text, spans) for text, spans in found]
 
-    def _spans(
+    def _placed(
         self, messages: list[Message], i: int, template: dict, text: str, marks: list
-    ) -> list[tuple[int, int]]:
-        """Where message i is learnt in the rendering of `messages`, of which it is the last, or
-        whose marks are one for each answer."""
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A rendering, and where message i is learnt in it: that of `messages`, of which i is the
+        last, or whose marks are one for each answer."""
         if marks:
             if len(marks) == len(_said(messages)):
-                return [marks[_said(messages).index(i)]]
+                return text, [marks[_said(messages).index(i)]]
             before = self.text(messages[:i], template) if i else ""
             start = len(os.path.commonprefix([before, text]))
             if inside := [(a, b) for a, b in marks if a >= start]:
-                return inside
+                return text, inside
         prompt = self.text(messages[:i], template, True) if i else ""
         start = len(prompt)
         if not i or not text.startswith(prompt):
             # Templates that prompt for a thought, which this answer has not: up to the answer.
             def said(words: str) -> str:
-                content = [{"type": "text", "text": words}] if self.as_parts else words
-                answer = {"role": "assistant", "content": content}
+                answer = {"role": "assistant", "content": self._form(words)}
                 return self.text([*messages[:i], answer], template)
 
             trial = said(HERE)
             start = len(os.path.commonprefix([trial, prompt if i else said(THERE)]))
+            if i and trial[start : start + 1] != HERE and HERE in trial:
+                # The question is written otherwise once it is answered: the answer follows on it
+                # as at inference.
+                said_at = trial.index(HERE)
+                if text[:said_at] == trial[:said_at]:
+                    text, start = prompt + text[said_at:], len(prompt)
+                    trial = prompt + HERE
             if trial[start : start + 1] != HERE or text[:start] != trial[:start]:
                 raise InputError(
                     f"cannot tell where message {i} begins in what the chat template renders;"
@@ -168,7 +194,7 @@ class Chat:
         stop = len(text)
         if (stripped := text.rstrip()).endswith(self.ends) and len(stripped) > start:
             stop = len(stripped)
-        return [(start, stop)]
+        return text, [(start, stop)]
 
     def _example(self, text: str, spans: list[tuple[int, int]]) -> Example:
         parts, done = [], 0
@@ -193,8 +219,9 @@ class Chat:
         Together they are the ids of the text; but for a token that would straddle a border: what
         comes before is then tokenised alone, as a prompt is at inference.
         """
-        apart = [self.ids_of(part) for part in parts]
-        if sum(apart, []) == self.ids_of("".join(parts)):
+        texts = [*parts, "".join(parts)]
+        *apart, whole = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if list(chain.from_iterable(apart)) == whole:
             return apart
         found: list[list[int]] = []
         context, inside = "", []  # a text that begins at some border, and its ids
@@ -211,8 +238,11 @@ class Chat:
 
     def _continued(self, text: str) -> list[int]:
         """Ids of a text that is no beginning: without the space that some tokenizers put there."""
-        newline, both = self.ids_of("\n"), self.ids_of("\n" + text)
-        return both[len(newline) :] if both[: len(newline)] == newline else self.ids_of(text)
+        for before in "\n.:0":
+            start, both = self.ids_of(before), self.ids_of(before + text)
+            if both[: len(start)] == start:
+                return both[len(start) :]
+        return self.ids_of(text)
 
     def text(self, messages: list[Message], template: dict, generate: bool = False) -> str:
         """What the template renders; with `generate`, a prompt for an answer."""
@@ -269,19 +299,41 @@ class Chat:
         return [(a, b) for a, b in marks if again == text and a < b]
 
     def _check_used(self, messages: list[Message], template: dict) -> None:
-        """Whatever a row says beside its messages is in the rendering, or refused."""
+        """Whatever a row says is in the rendering, or refused: templates leave out what they have
+        no place for, some of it always, some in some conversations."""
         for name, value in template.items():
             if name == "chat_template" or value is None:
                 continue
-            used = re.search(rf"\b{re.escape(name)}\b", self._source(template))
-            if used and name in ("tools", "documents"):
+            shown = re.search(rf"\b{re.escape(name)}\b", self._source(template))
+            if shown and name in ("tools", "documents"):
                 without = {k: x for k, x in template.items() if k != name}
-                try:
-                    used = self.text(messages, template) != self.text(messages, without)
-                except InputError:
-                    self.text(messages, template)
-            if not used:
+                shown = self._differ((messages, template), (messages, without))
+            if not shown:
                 raise InputError(f"the chat template does not show the {name} of the conversation")
+        if any("tool_calls" in message for message in messages):
+            without = [{k: x for k, x in m.items() if k != "tool_calls"} for m in messages]
+            if not self._differ((messages, template), (without, template)):
+                raise InputError("the chat template does not show the conversation's tool calls")
+        if messages and messages[0]["role"] == "system":
+            roles = tuple(message["role"] for message in messages)
+            if roles not in self._shows_system:
+                # Not compared with none, for which templates have a prompt of their own.
+                trial = [{"role": "system", "content": self._form(HERE)}, *messages[1:]]
+                self._shows_system[roles] = HERE in self.text(trial, template)
+            if not self._shows_system[roles]:
+                raise InputError("the chat template does not show the conversation's system prompt")
+
+    def _differ(self, *conversations: tuple[list[Message], dict]) -> bool:
+        with_it, without = conversations
+        shown = self.text(*with_it)
+        try:
+            return shown != self.text(*without)
+        except InputError:
+            return True
+
+    def _form(self, text: str) -> Any:
+        """A content as the template takes it."""
+        return [{"type": "text", "text": text}] if self.as_parts else text
 
 
 def normalised(messages: Any) -> list[Message]:
@@ -302,7 +354,7 @@ def normalised(messages: Any) -> list[Message]:
 def _message(message: Any, i: int) -> Message:
     if not isinstance(message, dict):
         raise InputError(f"message {i} is no object with a role and content, but {message!r:.60}")
-    message = {k: x for k, x in without_nulls(message).items() if k not in NOT_LEARNT}
+    message = without_nulls(message)
     role = message.pop("from", None) if "role" not in message else message["role"]
     if not isinstance(role, str):
         raise InputError(f"message {i} has no role; it has {', '.join(message) or 'nothing'}")
@@ -325,10 +377,12 @@ def _message(message: Any, i: int) -> Message:
 
 
 def _content(content: Any, role: str, i: int) -> Any:
-    if isinstance(content, str) or (role == "tool" and not isinstance(content, list)):
+    if isinstance(content, str):
         return content
     if isinstance(content, int | float) and not isinstance(content, bool):
         return str(content)
+    if role == "tool" and not (isinstance(content, list) and _are_parts(content)):
+        return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, list):
         raise InputError(f"message {i}: expected text as content, got {content!r:.60}")
     texts = []
@@ -339,6 +393,10 @@ def _content(content: Any, role: str, i: int) -> Any:
             raise InputError(f"message {i}: only text is learnt from, and there is {part!r:.60}")
         texts.append(text)
     return "".join(texts)
+
+
+def _are_parts(content: list) -> bool:
+    return all(isinstance(part, dict) and "type" in part for part in content)
 
 
 def _call(call: Any, i: int) -> dict[str, Any]:

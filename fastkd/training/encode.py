@@ -325,16 +325,16 @@ class Encoder:
         system = _text(beside, "system") or ""
 
         if kind in CHATS:
-            messages, answers, first = chat.from_json(row[kind], kind), [], len(history)
+            messages, answers = chat.from_json(row[kind], kind), []
             if not messages:
                 raise Unusable("no messages")
         else:
             column = next(c for c in ANSWERS if c in row)
-            answers = row[column] if isinstance(row[column], list) else _text(row, column)
+            answers = row[column] if _are_messages(row[column]) else _text(row, column)
             if not answers or isinstance(answers, str) and not answers.strip():
                 raise Unusable(NO_RESPONSE)
             messages = row[kind]
-            if not isinstance(messages, list):
+            if not _are_messages(messages):
                 question = self._question(kind, row)
                 told = system.strip() or history or template or isinstance(answers, list)
                 if not told and (kind == "prompt" or self.chat is None):
@@ -344,7 +344,6 @@ class Encoder:
                 messages = [{"role": "user", "content": question}]
             if isinstance(answers, str):
                 answers = [{"role": "assistant", "content": answers}]
-            first = len(history) + len(messages)
         if self.chat is None:
             needs = ", ".join(c for c in beside if beside[c]) or kind
             raise InputError(f"{needs}: needs a tokenizer with a chat template; it has none")
@@ -355,13 +354,11 @@ class Encoder:
         if system.strip():
             if head and head[0].get("content") != system:
                 raise InputError("two system prompts: the column's and the conversation's")
-            first += not head
             head = [{"role": "system", "content": system}]
         chats = [
             [*head, *history, *self._asked(t, messages, row), *answers] for t in self._wanted()
         ]
-        if system.strip():
-            self._check_system(chats[0], template)
+        first = len(head) + len(history) + (0 if kind in CHATS else len(messages))
         return Plan(chats=tuple(chats), first=first, template=template)
 
     def _question(self, kind: str, row: dict) -> str:
@@ -398,16 +395,6 @@ class Encoder:
             else message
             for message in messages
         ]
-
-    def _check_system(self, messages: list[dict], template: dict) -> None:
-        """A template may leave out what it has no place for."""
-        prepared = self.chat.prepared(messages)
-        try:
-            without = self.chat.text(prepared[1:], template)
-        except InputError:
-            return
-        if self.chat.text(prepared, template) == without:
-            raise InputError("the chat template does not show the system prompt of the column")
 
     def _answered(self, plans: list[Plan]) -> Any:
         """For each plan the examples of student and teacher, a batch of texts at a time."""
@@ -500,10 +487,10 @@ class Encoder:
         ids, labels = columns["input_ids"], columns.get("labels")
         if labels is not None and self.masked:
             raise InputError("labels: masked-lm masks tokens itself, and labels them")
+        there = columns.get("attention_mask", np.ones_like(ids)) != 0
         wanted, said = None, ""
         if labels is not None and not np.array_equal(labels, ids):
             wanted, said = labels != IGNORED, "labels"
-            there = columns.get("attention_mask", np.ones_like(ids)) != 0
             wrong = np.flatnonzero(wanted & (labels != ids) & there)
             if len(wrong):
                 k = wrong[0]
@@ -514,7 +501,7 @@ class Encoder:
         for name in MASKS:
             if name in columns:
                 mask = columns[name].astype(bool)
-                if wanted is not None and not np.array_equal(mask, wanted):
+                if wanted is not None and not np.array_equal(mask[there], wanted[there]):
                     raise InputError(f"{name} and {said} contradict each other")
                 wanted, said = mask, name
         return ids if wanted is None else np.where(wanted, ids, IGNORED)
@@ -570,6 +557,10 @@ def _text(row: dict, column: str) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return None if value != value else str(value)
     raise InputError(f"the column {column} holds {value!r:.60}, and not text")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, dict) for x in value)
 
 
 def _integers(value: Any, column: str) -> np.ndarray:

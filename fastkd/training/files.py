@@ -368,13 +368,16 @@ def _object(file: Path, place: str, row: Any) -> dict[str, Any]:
 def _csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
     tabs = ".tsv" in (suffix.lower() for suffix in file.suffixes)
-    lines = csv.reader((line for _, line in _lines(file, stream)), delimiter="\t" if tabs else ",")
+    text = (line for _, line in _lines(file, stream))
+    lines = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
     header: list[str] | None = None
     while True:
+        begin = lines.line_num + 1
         try:
             fields = next(lines, None)
         except csv.Error as error:
-            raise InputError(f"{file}, line {lines.line_num}: {error}") from error
+            reason = "a quote that is not closed" if "end of data" in str(error) else error
+            raise InputError(f"{file}, line {begin}: {reason}") from error
         if fields is None:
             return
         if not fields:
@@ -387,9 +390,9 @@ def _csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if len(fields) != len(header):
             raise InputError(
-                f"{file}, line {lines.line_num}: {len(fields)} fields under {len(header)} columns"
+                f"{file}, line {begin}: {len(fields)} fields under {len(header)} columns"
             )
-        place = f"line {lines.line_num}"
+        place = f"line {begin}"
         # A column without a name is the index that pandas writes.
         yield place, {key: x or None for key, x in zip(header, fields, strict=True) if key}
 

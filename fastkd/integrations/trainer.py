@@ -199,9 +199,6 @@ class DistillationMixin:
         if model.training and torch.is_grad_enabled():
             self._note(learnt, scale)
         loss = scale * learnt.loss
-        if not getattr(self.objective, "logits", True):  # DDP waits for what makes them
-            x = getattr(student.logits, "hidden", student.logits)
-            loss = loss + x.flatten()[:0].sum()
         return (loss, outputs) if return_outputs else loss
 
     @property

@@ -1,7 +1,9 @@
 """Distillation in Hugging Face's Trainer: its numbers are those of a single big batch."""
 
 import copy
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -471,3 +473,16 @@ def test_in_trl(tmp_path):
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
         assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
         assert ("lora" in str(trainer.model)) == (config is not None)
+
+
+def test_example(tmp_path):
+    """On folders and a file; a model lies in the output."""
+    for i, name in enumerate(("teacher", "student")):
+        tiny(1 - i).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    lines = [json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    main = runpy.run_path(str(ROOT / "examples/trainer.py"))["main"]
+    paths = [str(tmp_path / name) for name in ("teacher", "student", "data.jsonl", "out")]
+    found = main(*paths, max_steps=1, use_cpu=True, disable_tqdm=True)
+    assert found["eval_kl"] > 0 and (tmp_path / "out/model.safetensors").is_file()

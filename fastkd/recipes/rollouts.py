@@ -110,33 +110,36 @@ class OnPolicy:
         _check_rows(batch)
         owner, how = causal_lm(self.model), self.how
         both = getattr(owner.config, "is_encoder_decoder", False)
-        rows = _rows(batch, "")
-        prompts = [ids if both else _prompt(ids, labels) for ids, labels in rows]
+        sides = [x for x in ("", TEACHERS_PREFIX) if f"{x}input_ids" in batch]
+        rows = {side: _rows(batch, side, both) for side in sides}
+        prompts = {
+            side: [ids if both else _prompt(ids, y) for ids, y in rows[side]] for side in sides
+        }
         longest = _positions(owner) - 1
-        chosen = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= longest]
-        sides = [""]
-        if f"{TEACHERS_PREFIX}input_ids" in batch:
-            sides.append(TEACHERS_PREFIX)
-            theirs = [_prompt(*row) for row in _rows(batch, TEACHERS_PREFIX)]
-            chosen = [i for i in chosen if theirs[i]]
+        chosen = [
+            i
+            for i, prompt in enumerate(prompts[""])
+            if len(prompt) <= longest and all(prompts[side][i] for side in sides)
+        ]
         written = []
         # Of sharded weights every process must be at hand: one without a prompt writes of nothing.
         if chosen or _is_sharded(self.model):
-            written = _write(self.model, [prompts[i] for i in chosen] or [[0]], how, seed)
+            written = _write(self.model, [prompts[""][i] for i in chosen] or [[0]], how, seed)
         if not chosen:
             return batch
-        responses = dict(zip(chosen, written, strict=True))
-        if both:
-            labels = [responses.get(i, labels) for i, (_, labels) in enumerate(rows)]
-            new = {k: x for k, x in batch.items() if not k.startswith("decoder_")}
-            return new | {"labels": _stack(labels, IGNORED, batch["labels"])}
-        new = dict(batch)
+        new = {name: x for name, x in batch.items() if not _of_decoder(name)}
         for side in sides:
-            full = _rows(batch, side)
-            for i, response in responses.items():
-                prompt = _prompt(*full[i])
-                full[i] = prompt + response, [IGNORED] * len(prompt) + response
-            new |= _batch_of(full, batch, side, how.pad)
+            for i, response in zip(chosen, written, strict=True):
+                prompt = prompts[side][i]
+                if both:
+                    rows[side][i] = prompt, response
+                else:
+                    rows[side][i] = prompt + response, [IGNORED] * len(prompt) + response
+            if both:
+                labels = [y for _, y in rows[side]]
+                new[f"{side}labels"] = _stack(labels, IGNORED, batch[f"{side}labels"])
+            else:
+                new |= _batch_of(rows[side], batch, side, how.pad)
         return new
 
 
@@ -301,21 +304,24 @@ def _check_rows(batch: Batch) -> None:
             raise ValueError(
                 f"on-policy batches need one document a row: {name} says that rows are packed"
             )
-        known = plain in REWRITTEN or plain.startswith("decoder_")
+        known = plain in REWRITTEN or _of_decoder(name)
         if not known or (plain == "token_type_ids" and x.any()):
             raise ValueError(f"on-policy batches are written anew, and {name} cannot be")
 
 
-def _rows(batch: Batch, side: str) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of each row without its padding; of an encoder's decoder, all labels."""
+def _of_decoder(name: str) -> bool:
+    """Whether a key follows from the labels."""
+    return name.removeprefix(TEACHERS_PREFIX).startswith("decoder_")
+
+
+def _rows(batch: Batch, side: str, both: bool) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of each row without its padding; the labels of an encoder's decoder (`both`)
+    are beside, as they are."""
     ids, labels = batch[f"{side}input_ids"], batch[f"{side}labels"]
     mask = batch.get(f"{side}attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    if "decoder_input_ids" in batch or ids.shape != labels.shape:
-        labels = [y[y != IGNORED].tolist() for y in labels]
-        return [(x[m != 0].tolist(), y) for x, m, y in zip(ids, mask, labels, strict=True)]
-    pieces = zip(ids, labels, mask != 0, strict=True)
-    return [(x[m].tolist(), y[m].tolist()) for x, y, m in pieces]
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    pieces = zip(ids, labels, mask, strict=True)
+    return [(x[m].tolist(), (y if both else y[m]).tolist()) for x, y, m in pieces]
 
 
 def _prompt(ids: list[int], labels: list[int]) -> list[int]:

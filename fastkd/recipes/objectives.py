@@ -213,11 +213,11 @@ def rows_of(source: Tensor | Source, counts: Tensor) -> Tensor | Source:
 
 def check_counted(logits: Tensor | Source, counts: Tensor) -> None:
     """Raise where a teacher does not answer for as many positions as count."""
-    leading = as_source("teacher", logits).leading
-    if leading != (counts.sum(),):
+    leading, n = tuple(as_source("teacher", logits).leading), int(counts.sum())
+    if leading != (n,):
         raise ValueError(
-            f"{int(counts.sum())} positions of the batch count, but the teacher's answers have the"
-            f" leading shape {tuple(leading)}"
+            f"{n} positions of the batch count, but the teacher's answers have the leading shape"
+            f" {leading}"
         )
 
 

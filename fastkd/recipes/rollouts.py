@@ -226,8 +226,6 @@ def _writing(
     owner = causal_lm(model)
     if owner is None or not getattr(owner, "can_generate", lambda: False)():
         raise ValueError(f"{type(owner or model).__name__} cannot write text")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError("models under FSDP1 cannot write: use FSDP2 (fully_shard)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
@@ -247,6 +245,9 @@ def _write(model: nn.Module, prompts: list[list[int]], how: Writing, seed: int) 
     """What follows each prompt, to the end of the text, that id included."""
     from transformers import GenerationConfig
 
+    # Looked for now: trainers wrap a model after it was given to `OnPolicy`.
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("models under FSDP1 cannot write: use FSDP2 (fully_shard)")
     owner = causal_lm(model)
     writer = next(m for m in model.modules() if hasattr(type(m), "generate"))
     before, both = owner.generation_config, getattr(owner.config, "is_encoder_decoder", False)

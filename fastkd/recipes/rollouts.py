@@ -65,8 +65,8 @@ class OnPolicy:
             distribution is the model's own: what its folder sets is not used.
 
     Raises:
-        ValueError: numbers out of range; a model that cannot write; in a call: packed rows, and
-            keys of the batch that cannot be written anew, by name.
+        ValueError, TypeError: numbers out of range; unknown settings; a model that cannot write; in
+            a call: packed rows, and keys of the batch that cannot be written anew, by name.
     """
 
     def __init__(
@@ -180,8 +180,9 @@ def generate(
             but for the ids that end a text.
 
     Raises:
-        ValueError: numbers out of range, a model that cannot write; a prompt without tokens, or
-            that fills the model's positions, by number, before anything is written.
+        ValueError, TypeError: numbers out of range, unknown settings, a model that cannot write; a
+            prompt without tokens, or that fills the model's positions, by number, before anything
+            is written.
     """
     model = model.model if isinstance(model, LM) else model
     if batch_size < 1 or start < 0:
@@ -223,6 +224,8 @@ def generate(
 def _writing(
     model: nn.Module, max_new_tokens: int, temperature: float, settings: Mapping[str, Any]
 ) -> Writing:
+    from transformers import GenerationConfig
+
     owner = causal_lm(model)
     if owner is None or not getattr(owner, "can_generate", lambda: False)():
         raise ValueError(f"{type(owner or model).__name__} cannot write text")
@@ -231,6 +234,9 @@ def _writing(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     settings, own = dict(settings), owner.generation_config
+    unknown = sorted(set(settings) - set(vars(GenerationConfig())))
+    if unknown:
+        raise TypeError(f"transformers' GenerationConfig has no {', '.join(unknown)}")
     eos = settings.pop("eos_token_id", UNSET)
     eos = _ids(own, "eos_token_id") if eos is UNSET else _as_tuple(eos)
     pad = settings.pop("pad_token_id", None)

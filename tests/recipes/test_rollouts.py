@@ -101,6 +101,8 @@ def test_what_cannot_be_written():
     bert = BertForMaskedLM(BertConfig(**sizes, intermediate_size=32))
     with pytest.raises(ValueError, match="BertForMaskedLM cannot write"):
         generate(bert, table, PROMPTS)
+    with pytest.raises(TypeError, match="GenerationConfig has no topp"):
+        generate(student, table, PROMPTS, topp=0.5)
     with pytest.raises(ValueError, match="fraction must be in"):
         OnPolicy(student, 1.5)
     with pytest.raises(ValueError, match="temperature must be finite"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lms import V, tiny
+from tiny_lms import V, tiny, words
 
 import fastkd
 from fastkd import kd_loss
@@ -56,9 +56,8 @@ def names():
         return torch.randn(*shape, generator=generator)
 
     return dict(
-        student=tiny(0), teacher=tiny(1), other_teacher=tiny(2), rows=rows(),
-        loader=Loader(), batch=batch_of(rows()),
-        labels=batch_of(rows())["labels"],
+        student=tiny(0), teacher=tiny(1), other_teacher=tiny(2), tokenizer=words(), rows=rows(),
+        loader=Loader(), batch=batch_of(rows()), labels=batch_of(rows())["labels"],
         student_logits=random(4, 12, V).requires_grad_(), teacher_logits=random(4, 12, V),
         other_logits=random(4, 12, V), longer_logits=random(4, 12, V + 3),
         hidden=random(4, 12, 16).requires_grad_(), weight=random(V, 16).requires_grad_(),

@@ -1,7 +1,10 @@
-"""Tiny causal LMs with random weights, and batches for them."""
+"""Tiny causal LMs with random weights, a tokenizer, and batches for them."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fastkd import kd_loss
 
@@ -9,13 +12,19 @@ V = 67
 
 
 def tiny(seed, family=LlamaConfig, **others):
-    config = family(
+    sizes = dict(
         vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-        **others,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(family(**(sizes | others)))
+
+
+def words():
+    """A tokenizer: w0 is 0, w1 is 1."""
+    table = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    table.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=table, unk_token="w0")
 
 
 def batch(rows=2, length=9, seed=0):

@@ -92,17 +92,24 @@ class LM:
     def __init__(self, model: nn.Module, logits: str = "auto"):
         if logits not in ("auto", "whole"):
             raise ValueError(f"logits must be 'auto' or 'whole', got {logits!r}")
-        self.model, self.logits = model, logits
+        self.model, self.logits, self._seen = model, logits, None
 
     def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
         head = find_head(self.model) if self.logits == "auto" else None
         head = head if head is not None and chunks(head, batch) else None
-        inputs = _inputs(self.model, batch)
+        owner = self._owner()
+        inputs = _inputs(owner, batch)
         if hidden_states:
             inputs["output_hidden_states"] = True
         logits, output = run(self.model, head, inputs)
         states = getattr(output, "hidden_states", None)
-        return Outputs(logits, states, _auxiliary(self.model, output))
+        return Outputs(logits, states, _auxiliary(owner, output))
+
+    def _owner(self) -> nn.Module:
+        """The language model inside, looked for once."""
+        if self._seen is None or self._seen[0] is not self.model:
+            self._seen = self.model, causal_lm(self.model) or self.model
+        return self._seen[1]
 
 
 def chunks(head: Head, batch: Batch) -> bool:
@@ -115,7 +122,7 @@ def chunks(head: Head, batch: Batch) -> bool:
     took less with 256. Without a gradient of the head (frozen, a teacher, evaluation) chunks never
     take more.
     """
-    ids = batch["input_ids"] if "input_ids" in batch else batch["labels"]
+    ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
     weight = head.linear.weight
     trained = weight.requires_grad and torch.is_grad_enabled()
     return ids.numel() > head.linear.in_features or not trained
@@ -167,7 +174,7 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
 
     The configuration only names candidates for scale and softcap. What the model makes of a few
     tokens of `ids` (N, length) decides, under the autocast of the caller; default: the first of its
-    vocabulary that the configuration gives no meaning (images).
+    vocabulary.
 
     Cost: two forward passes of 8 tokens of the model without its wrappers, in evaluation mode, the
     first time; modes and random states are left as they were. The answer is kept for as long as
@@ -191,7 +198,7 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
     refs, known, found = _known.get(owner, ((), (), None))
     if known != numbers or any(x is not y() for x, y in zip(objects, refs, strict=True)):
         if ids is None:
-            ids = _plain_ids(owner, linear.out_features)
+            ids = torch.arange(PROBE_TOKENS)[None] % linear.out_features
         found = _probe(owner, linear, ids, scales, softcaps)
         refs = tuple((lambda: None) if x is None else ref(x) for x in objects)
         _known[owner] = refs, numbers, found
@@ -242,18 +249,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _plain_ids(owner: nn.Module, size: int) -> Tensor:
-    """(1, 8) ids that stand for themselves: not for an image, nor the end of the text."""
-    special = set()
-    for config in (owner.config, owner.config.get_text_config()):
-        for name, x in vars(config).items():
-            if name.endswith(("_token_id", "_token_index")):
-                special.update(x if isinstance(x, list | tuple) else [x])
-    plain = [i for i in range(min(size, PROBE_TOKENS + len(special))) if i not in special]
-    plain = plain or list(range(size))
-    return torch.tensor([(plain * PROBE_TOKENS)[:PROBE_TOKENS]])
 
 
 def _around(model: nn.Module, owner: nn.Module) -> list[nn.Module]:
@@ -344,13 +339,12 @@ def run(
 
 def _takes_use_cache(model: nn.Module) -> bool:
     """Whether the language model inside knows the word: some without a cache refuse it."""
-    known = _parameters(model)
+    known = _parameters(causal_lm(model) or model)
     return "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Of the forward pass of the language model inside."""
-    return inspect.signature(type(causal_lm(model) or model).forward).parameters
+    return inspect.signature(type(model).forward).parameters
 
 
 class _Tied(torch.autograd.Function):
@@ -402,9 +396,9 @@ def _agree(product: Tensor, own: Tensor, softcap: float | None, scale: float) ->
     return bool(error < 8 * torch.finfo(own.dtype).eps * largest)
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The model's own keyword arguments of a batch; see `LM`."""
-    known = _parameters(model)
+def _inputs(owner: nn.Module, batch: Batch) -> dict[str, Any]:
+    """A language model's own keyword arguments of a batch; see `LM`."""
+    known, config = _parameters(owner), getattr(owner, "config", None)
     inputs = {
         name: x
         for name, x in batch.items()
@@ -412,14 +406,10 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         and not name.startswith(TEACHERS_PREFIX)
         and (name not in EXTRAS or name in known)
     }
-    owner = causal_lm(model)
-    if owner is None:
-        return inputs
-    if getattr(owner.config, "is_encoder_decoder", False):
-        given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs)
-        if not given:
-            inputs["decoder_input_ids"] = _shifted(owner, batch["labels"])
-    if "output_router_logits" in known and getattr(owner.config, "output_router_logits", False):
+    decoder = {"decoder_input_ids", "decoder_inputs_embeds"}
+    if getattr(config, "is_encoder_decoder", False) and not decoder & set(inputs):
+        inputs["decoder_input_ids"] = _shifted(owner, batch["labels"])
+    if "output_router_logits" in known and getattr(config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)  # some read only this
     return inputs
 
@@ -438,10 +428,9 @@ def _shifted(owner: nn.Module, labels: Tensor) -> Tensor:
     return shift(labels, owner.config.pad_token_id, owner.config.decoder_start_token_id)
 
 
-def _auxiliary(model: nn.Module, output: Any) -> Tensor | None:
+def _auxiliary(owner: nn.Module, output: Any) -> Tensor | None:
     """What the model would add to its own loss, with its own factors."""
-    owner = causal_lm(model)
-    if owner is None:
+    if not hasattr(getattr(owner, "config", None), "get_text_config"):
         return None
     places = owner, owner.config, owner.config.get_text_config()
 

@@ -63,7 +63,8 @@ class Objective(Protocol):
     """What is learnt. One with parameters or a state of its own is an `nn.Module`.
 
     Attributes:
-        hidden_states: whether it reads them.
+        hidden_states: whether it reads them. An objective that reads no logits may say
+            `logits = False` beside it (see `Plus`).
     """
 
     hidden_states: bool

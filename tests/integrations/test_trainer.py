@@ -28,6 +28,7 @@ from trainer_truth import (
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -41,6 +42,7 @@ from transformers import (
 from fastkd import kd_loss
 from fastkd.integrations.transformers import DistillationMixin, DistillationTrainer
 from fastkd.recipes import LM, Distil, Hidden, Linear, OnPolicy, Plus
+from fastkd.recipes.lm import looks_ahead
 
 ROOT = Path(__file__).parents[2]
 
@@ -269,6 +271,21 @@ def test_refused_models(tmp_path):
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs"):
         DistillationTrainer(tiny(0), arguments, teacher_model=tiny(1))
+
+
+def test_a_causal_head_that_looks_ahead_is_refused(tmp_path):
+    try:
+        looks_ahead(tiny(0))
+    except NotImplementedError:
+        pytest.skip("fastkd.recipes.lm.looks_ahead is to come")
+    config = BertConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="BertLMHeadModel predicts the next token, but looks"):
+        trainer_of(tmp_path, model=BertLMHeadModel(config))
+    config.is_decoder = True
+    trainer_of(tmp_path, model=BertLMHeadModel(config))
 
 
 class TestBatches:

@@ -1,6 +1,9 @@
 """The loop, and every strategy that is a loss of logits, against loops of plain torch in fp64."""
 
+import ast
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,12 +197,32 @@ def test_the_loop_is_read_in_one_sitting():
 
 
 def test_settings_that_kd_loss_refuses_are_refused_at_once():
-    for wrong in (dict(temperature=0), dict(alpha=Linear(2, 1)), dict(divergence="klx")):
+    ends = dict(alpha=Linear(1, 2)), dict(temperature=Cosine(1, 0))
+    for wrong in (dict(temperature=0), dict(alpha=Linear(2, 1)), dict(divergence="klx"), *ends):
         with pytest.raises(ValueError):
             Distil(**wrong)
     with pytest.raises(TypeError, match="reduction cannot be set"):
         Distil(reduction="sum")
     with pytest.raises(ValueError, match="not negative, got -1"):
-        Plus(Distil(), Distil(), -1)
+        Plus(Distil(), Distil(), Linear(1, -1))
     with pytest.raises(ValueError, match="the first at 0"):
         Steps({0.5: 1})
+
+
+def bare(source):
+    """The statements of a function, without its docstring and types."""
+
+    class Untyped(ast.NodeTransformer):
+        def visit_AnnAssign(self, node):
+            return ast.Assign([node.target], node.value)
+
+    (function,) = ast.parse(source).body
+    body = [Untyped().visit(x) for x in function.body if not isinstance(x, ast.Expr)]
+    return [ast.unparse(ast.fix_missing_locations(x)) for x in body]
+
+
+def test_the_page_shows_the_loop_as_it_is():
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (shown,) = (x for x in blocks if x.startswith("def train("))
+    assert bare(shown) == bare(inspect.getsource(train))

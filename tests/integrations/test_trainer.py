@@ -82,7 +82,7 @@ def test_two_processes(tmp_path):
         [*launch, script], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 15, done.stdout
+    assert done.stdout.count("ok ") == 17, done.stdout
 
 
 def test_the_log_is_of_its_window(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -128,7 +128,8 @@ class Frozen:
     def __call__(self, batch: Batch, hidden_states: bool = False) -> Outputs:
         if self.model.training:
             self.model.eval()
-        here, there = batch["input_ids"].device, next(self.model.parameters()).device
+        here = next(x.device for x in batch.values() if isinstance(x, Tensor))
+        there = next(self.model.parameters()).device
         says = self.lm(_moved(batch, there), hidden_states)
         return Outputs(*(_moved(x, here) for x in says))
 
@@ -137,7 +138,7 @@ def _moved(x: Any, device: torch.device) -> Any:
     """Tensors, and what is made of them, on a device."""
     if isinstance(x, Tensor):
         return x.to(device)
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {k: _moved(v, device) for k, v in x.items()}
     if isinstance(x, tuple):
         return tuple(_moved(v, device) for v in x)
@@ -167,7 +168,9 @@ def _prepared(model: nn.Module, accelerator: Any) -> nn.Module:
         finally:
             state.fsdp_plugin = of_student
     devices = {p.device.type for p in model.parameters()}
-    stays = devices != {"cpu"} or getattr(model, "hf_device_map", None) is not None
+    own = devices != {"cpu"} or getattr(model, "hf_device_map", None) is not None
+    # Nor where nothing moves: quantised models refuse to be asked.
+    stays = own or devices == {accelerator.device.type}
     return model if stays else model.to(accelerator.device)
 
 

@@ -122,9 +122,12 @@ class DistillationMixin:
             raise ValueError("sequences cut over processes (cp_size, sp_size) are not supported")
 
     def _refuse_looking_ahead(self) -> None:
+        """A causal head on a model that looks both ways has every label in view."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            return  # each process has a part of the weights
+        partly = plugin is not None and plugin.zero_stage == 3
+        # Each process may have a part of the weights, or the first one all.
+        if partly or not self.accelerator.is_local_main_process:
+            return
         with suppress(NotImplementedError):
             if looks_ahead(self.model):
                 raise ValueError(
@@ -202,9 +205,6 @@ class DistillationMixin:
         if model.training and torch.is_grad_enabled():
             self._note(learnt, scale)
         loss = scale * learnt.loss
-        if not getattr(self.objective, "logits", True):  # DDP waits for what makes them
-            x = getattr(student.logits, "hidden", student.logits)
-            loss = loss + x.flatten()[:0].sum()
         return (loss, outputs) if return_outputs else loss
 
     @property

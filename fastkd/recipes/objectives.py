@@ -45,11 +45,13 @@ class Distil:
             of the student are overwritten by their gradient.
 
     Raises:
-        TypeError, ValueError: settings that `kd_loss` would refuse, as they are at the start; in a
-            call, `kd_loss`'s own, and a teacher that answers for another number of positions.
+        TypeError, ValueError: settings that `kd_loss` would refuse, of a schedule at the start and
+            the end; in a call, `kd_loss`'s own, and a teacher that answers for another number of
+            positions.
 
     Where both models' logits are made by their heads, only the positions that count go through
-    them: of instruction data often less than half.
+    them: of instruction data often less than half. On a GPU that waits for the number of them,
+    once per micro-batch.
     """
 
     hidden_states = False
@@ -70,6 +72,8 @@ class Distil:
         self.scheduled = {"divergence": divergence, "temperature": temperature, "alpha": alpha}
         self.settings = {"inplace": True} | settings
         self.at(0.0)
+        # And at the end; of a divergence that may have a state of its own only the beginning.
+        KDLoss(temperature=value_at(temperature, 1.0), alpha=value_at(alpha, 1.0))
 
     def at(self, progress: float, **others: Any) -> KDLoss:
         """The loss at a progress in [0, 1]; `others` replace settings."""
@@ -138,7 +142,8 @@ class Plus(nn.Module):
         self.logits = any(reads)
         if all(reads):
             keep_logits(self)  # the first must not overwrite what the second reads
-        self._weight_at(0.0)
+        for progress in (0.0, 1.0):
+            self._weight_at(progress)
 
     def _weight_at(self, progress: float) -> float | Tensor:
         weight = value_at(self.weight, progress)
@@ -213,11 +218,11 @@ def rows_of(source: Tensor | Source, counts: Tensor) -> Tensor | Source:
 
 def check_counted(logits: Tensor | Source, counts: Tensor) -> None:
     """Raise where a teacher does not answer for as many positions as count."""
-    leading = as_source("teacher", logits).leading
-    if leading != (counts.sum(),):
+    leading, n = tuple(as_source("teacher", logits).leading), int(counts.sum())
+    if leading != (n,):
         raise ValueError(
-            f"{int(counts.sum())} positions of the batch count, but the teacher's answers have the"
-            f" leading shape {tuple(leading)}"
+            f"{n} positions of the batch count, but the teacher's answers have the leading shape"
+            f" {leading}"
         )
 
 

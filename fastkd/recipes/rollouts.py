@@ -65,8 +65,8 @@ class OnPolicy:
             distribution is the model's own: what its folder sets is not used.
 
     Raises:
-        ValueError: numbers out of range; a model that cannot write; in a call: packed rows, and
-            keys of the batch that cannot be written anew, by name.
+        ValueError, TypeError: numbers out of range; unknown settings; a model that cannot write; in
+            a call: packed rows, and keys of the batch that cannot be written anew, by name.
     """
 
     def __init__(
@@ -110,33 +110,36 @@ class OnPolicy:
         _check_rows(batch)
         owner, how = causal_lm(self.model), self.how
         both = getattr(owner.config, "is_encoder_decoder", False)
-        rows = _rows(batch, "")
-        prompts = [ids if both else _prompt(ids, labels) for ids, labels in rows]
+        sides = [x for x in ("", TEACHERS_PREFIX) if f"{x}input_ids" in batch]
+        rows = {side: _rows(batch, side, both) for side in sides}
+        prompts = {
+            side: [ids if both else _prompt(ids, y) for ids, y in rows[side]] for side in sides
+        }
         longest = _positions(owner) - 1
-        chosen = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= longest]
-        sides = [""]
-        if f"{TEACHERS_PREFIX}input_ids" in batch:
-            sides.append(TEACHERS_PREFIX)
-            theirs = [_prompt(*row) for row in _rows(batch, TEACHERS_PREFIX)]
-            chosen = [i for i in chosen if theirs[i]]
+        chosen = [
+            i
+            for i, prompt in enumerate(prompts[""])
+            if len(prompt) <= longest and all(prompts[side][i] for side in sides)
+        ]
         written = []
         # Of sharded weights every process must be at hand: one without a prompt writes of nothing.
         if chosen or _is_sharded(self.model):
-            written = _write(self.model, [prompts[i] for i in chosen] or [[0]], how, seed)
+            written = _write(self.model, [prompts[""][i] for i in chosen] or [[0]], how, seed)
         if not chosen:
             return batch
-        responses = dict(zip(chosen, written, strict=True))
-        if both:
-            labels = [responses.get(i, labels) for i, (_, labels) in enumerate(rows)]
-            new = {k: x for k, x in batch.items() if not k.startswith("decoder_")}
-            return new | {"labels": _stack(labels, IGNORED, batch["labels"])}
-        new = dict(batch)
+        new = {name: x for name, x in batch.items() if not _of_decoder(name)}
         for side in sides:
-            full = _rows(batch, side)
-            for i, response in responses.items():
-                prompt = _prompt(*full[i])
-                full[i] = prompt + response, [IGNORED] * len(prompt) + response
-            new |= _batch_of(full, batch, side, how.pad)
+            for i, response in zip(chosen, written, strict=True):
+                prompt = prompts[side][i]
+                if both:
+                    rows[side][i] = prompt, response
+                else:
+                    rows[side][i] = prompt + response, [IGNORED] * len(prompt) + response
+            if both:
+                labels = [y for _, y in rows[side]]
+                new[f"{side}labels"] = _stack(labels, IGNORED, batch[f"{side}labels"])
+            else:
+                new |= _batch_of(rows[side], batch, side, how.pad)
         return new
 
 
@@ -177,8 +180,9 @@ def generate(
             but for the ids that end a text.
 
     Raises:
-        ValueError: numbers out of range, a model that cannot write; a prompt without tokens, or
-            that fills the model's positions, by number, before anything is written.
+        ValueError, TypeError: numbers out of range, unknown settings, a model that cannot write; a
+            prompt without tokens, or that fills the model's positions, by number, before anything
+            is written.
     """
     model = model.model if isinstance(model, LM) else model
     if batch_size < 1 or start < 0:
@@ -220,16 +224,19 @@ def generate(
 def _writing(
     model: nn.Module, max_new_tokens: int, temperature: float, settings: Mapping[str, Any]
 ) -> Writing:
+    from transformers import GenerationConfig
+
     owner = causal_lm(model)
     if owner is None or not getattr(owner, "can_generate", lambda: False)():
         raise ValueError(f"{type(owner or model).__name__} cannot write text")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError("models under FSDP1 cannot write: use FSDP2 (fully_shard)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     settings, own = dict(settings), owner.generation_config
+    unknown = sorted(set(settings) - set(vars(GenerationConfig())))
+    if unknown:
+        raise TypeError(f"transformers' GenerationConfig has no {', '.join(unknown)}")
     eos = settings.pop("eos_token_id", UNSET)
     eos = _ids(own, "eos_token_id") if eos is UNSET else _as_tuple(eos)
     pad = settings.pop("pad_token_id", None)
@@ -244,6 +251,9 @@ def _write(model: nn.Module, prompts: list[list[int]], how: Writing, seed: int) 
     """What follows each prompt, to the end of the text, that id included."""
     from transformers import GenerationConfig
 
+    # Looked for now: trainers wrap a model after it was given to `OnPolicy`.
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("models under FSDP1 cannot write: use FSDP2 (fully_shard)")
     owner = causal_lm(model)
     writer = next(m for m in model.modules() if hasattr(type(m), "generate"))
     before, both = owner.generation_config, getattr(owner.config, "is_encoder_decoder", False)
@@ -301,21 +311,24 @@ def _check_rows(batch: Batch) -> None:
             raise ValueError(
                 f"on-policy batches need one document a row: {name} says that rows are packed"
             )
-        known = plain in REWRITTEN or plain.startswith("decoder_")
+        known = plain in REWRITTEN or _of_decoder(name)
         if not known or (plain == "token_type_ids" and x.any()):
             raise ValueError(f"on-policy batches are written anew, and {name} cannot be")
 
 
-def _rows(batch: Batch, side: str) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of each row without its padding; of an encoder's decoder, all labels."""
+def _of_decoder(name: str) -> bool:
+    """Whether a key follows from the labels."""
+    return name.removeprefix(TEACHERS_PREFIX).startswith("decoder_")
+
+
+def _rows(batch: Batch, side: str, both: bool) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of each row without its padding; the labels of an encoder's decoder (`both`)
+    are beside, as they are."""
     ids, labels = batch[f"{side}input_ids"], batch[f"{side}labels"]
     mask = batch.get(f"{side}attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    if "decoder_input_ids" in batch or ids.shape != labels.shape:
-        labels = [y[y != IGNORED].tolist() for y in labels]
-        return [(x[m != 0].tolist(), y) for x, m, y in zip(ids, mask, labels, strict=True)]
-    pieces = zip(ids, labels, mask != 0, strict=True)
-    return [(x[m].tolist(), y[m].tolist()) for x, y, m in pieces]
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    pieces = zip(ids, labels, mask, strict=True)
+    return [(x[m].tolist(), (y if both else y[m]).tolist()) for x, y, m in pieces]
 
 
 def _prompt(ids: list[int], labels: list[int]) -> list[int]:

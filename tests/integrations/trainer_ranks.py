@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from trainer_truth import (
     Projected,
     arguments_of,
+    batch_of,
     norm,
     projected_truth,
     rows,
@@ -22,6 +23,8 @@ from trainer_truth import (
     truth,
 )
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Gemma3Config
+
+from fastkd.recipes import LM, Hidden
 
 FSDP2 = dict(fsdp=True, fsdp_config=dict(version=2))
 HALF = dict(per_device_train_batch_size=8)
@@ -144,6 +147,31 @@ def refused_objective(folder, sharding):
         raise AssertionError("an objective's parameters under FSDP")
 
 
+def hidden_states_alone(folder, sharding):
+    """The head has no part in the loss; all tokens of the rows that count once do."""
+    objective, data = Hidden("mse"), rows()[:5]
+    arguments = dict(max_steps=3, learning_rate=0.0) | HALF | sharding
+    settings = dict(arguments=arguments, objective=objective, eval_dataset=data)
+    trainer, line = trained(folder, **settings)
+    for some, found in ((rows(), line["loss"]), (data, trainer.evaluate()["eval_loss"])):
+        states = [LM(tiny(i))(batch_of(some), True).hidden_states for i in (0, 1)]
+        pairs = zip(*(x[1:] for x in states), strict=True)
+        expected = sum((s - t).square().mean() for s, t in pairs) / 2
+        close({"loss": found}, {"loss": expected.item()}, ["loss"])
+
+
+def another_prompt(folder, sharding):
+    """Of the teacher: rows that fill up the last batches count once on both sides."""
+    data = [r | {f"teacher_{k}": x for k, x in r.items()} for r in rows()]
+    for row in data:
+        row["labels"][0] = row["teacher_labels"][0] = -100
+    trainer = make(folder, arguments=HALF | sharding, train_dataset=data, eval_dataset=data[:5])
+    expected = {f"eval_{k}": x for k, x in truth(tiny(0), tiny(1), data[:5]).items()}
+    close(trainer.evaluate(), expected, ("eval_loss", "eval_kl"))
+    trainer.train()
+    close(trainer.state.log_history[-2], truth(tiny(0), tiny(1), data), ("loss", "kd"))
+
+
 def unused_parameters(folder, sharding):
     """A vision tower under text has no part in the loss, with gradient checkpointing too."""
     text = dict(
@@ -181,7 +209,8 @@ def main():
     cases = [
         (steps, {}), (steps, FSDP2), (own_means, {}), (own_means, FSDP2), (without_target, {}),
         (without_target, FSDP2), (evaluation, {}), (evaluation, FSDP2), (flattened, {}),
-        (objective_that_learns, {}), (refused_objective, FSDP2), (unused_parameters, {}),
+        (objective_that_learns, {}), (refused_objective, FSDP2), (hidden_states_alone, {}),
+        (another_prompt, {}), (unused_parameters, {}),
         (unused_parameters, FSDP2), (adapter, {}), (adapter, FSDP2),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_lms import batch, gradients, loss, tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5
 
 from fastkd import LMHead
-from fastkd.recipes import LM, Distil, Plus, shifts_labels
+from fastkd.recipes import LM, Distil, Plus, Recipe, shifts_labels, train
 from fastkd.recipes.lm import Head, causal_lm, chunks, find_head, logits_of
 
 
@@ -235,6 +236,26 @@ def test_every_kind_of_model_learns_as_by_its_own_loss(kind, logits):
     assert with_head == (logits == "auto" and not both)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart", "masked", "masked, without a cache"])
+def test_pairs_whose_labels_are_not_shifted(kind):
+    """Position i against label i, of both models, in micro-batches of unequal targets."""
+    torch.manual_seed(0)
+    (student, teacher), T = (KINDS[kind]().double().eval() for _ in range(2)), 2.0
+    inputs, counts = batch(), batch()["labels"] != -100
+    given = {k: x for k, x in inputs.items() if k != "labels"}
+    if student.config.is_encoder_decoder:
+        given["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    with torch.no_grad():
+        log_q, log_p = ((m(**given).logits[counts] / T).log_softmax(-1) for m in (student, teacher))
+    kl = T**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    rows = zip(*(x.chunk(2) for x in inputs.values()), strict=True)
+    step = [dict(zip(inputs, row, strict=True)) for row in rows]
+    recipe = Recipe([step], LM(teacher), Distil(shifts_labels(student), temperature=T))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    (row,) = train(LM(student), recipe, optimizer, steps=1)
+    assert row["loss"] == pytest.approx(kl.item(), rel=1e-7)
+
+
 class Tuples(torch.nn.Module):
     """As older code, and traced models."""
 
@@ -253,13 +274,21 @@ def test_models_that_return_tuples(logits):
     torch.testing.assert_close(learn(Tuples(model), inputs, logits).detach(), expected)
 
 
-def test_a_balancing_loss_is_not_lost_in_a_wrapper():
+def test_a_balancing_loss_is_not_lost_in_a_wrapper(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model, inputs = tiny(0, router_aux_loss_coef=5.0, **MOE), batch()
     expected = model(**inputs).loss.detach()
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     torch.testing.assert_close(learn(wrapped, inputs).detach(), expected)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(wrapped)
+        torch.testing.assert_close(learn(ddp, inputs).detach(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
     tuples = Tuples(model)
     with pytest.raises(ValueError, match="balancing loss is not among its outputs"):

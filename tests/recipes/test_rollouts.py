@@ -101,6 +101,8 @@ def test_what_cannot_be_written():
     bert = BertForMaskedLM(BertConfig(**sizes, intermediate_size=32))
     with pytest.raises(ValueError, match="BertForMaskedLM cannot write"):
         generate(bert, table, PROMPTS)
+    with pytest.raises(TypeError, match="GenerationConfig has no topp"):
+        generate(student, table, PROMPTS, topp=0.5)
     with pytest.raises(ValueError, match="fraction must be in"):
         OnPolicy(student, 1.5)
     with pytest.raises(ValueError, match="temperature must be finite"):
@@ -235,6 +237,15 @@ def test_wrapped_students_write(tmp_path):
         torch.distributed.destroy_process_group()
     assert unpadded(written, 0, "input_ids") == [1, 2, 3, *expected]
 
+    class FullyShardedDataParallel(torch.nn.Sequential):
+        """By its name; the real one needs processes."""
+
+    student = model()
+    policy = OnPolicy(student, 1.0, NEW)
+    student.model.layers[0].mlp = FullyShardedDataParallel(student.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="FSDP1 cannot write: use FSDP2"):
+        policy(rows())
+
 
 def test_an_encoder_with_a_decoder_writes_its_labels():
     torch.manual_seed(0)
@@ -254,6 +265,29 @@ def test_an_encoder_with_a_decoder_writes_its_labels():
         assert answers[i] == (i, table.decode(alone[0, 1:]))
     assert written["labels"][4].tolist() == [9] + [-100] * (NEW - 1)
     assert torch.equal(written["input_ids"], inputs["input_ids"])
+
+
+def test_a_student_learns_what_its_teacher_wrote():
+    """Response distillation: answers as data, mixed with others; no teacher in the loop."""
+    student, teacher, table = model(0), model(1), words()
+    texts = dict(generate(teacher, table, PROMPTS[:3], max_new_tokens=NEW, seed=1))
+    answers = [
+        (table(prompt)["input_ids"], table(texts[i])["input_ids"])
+        for i, prompt in enumerate(PROMPTS[:3])
+    ]
+    real = batch(rows=1)
+    length = max(len(prompt + answer) for prompt, answer in answers)
+    written = {k: torch.zeros(3, length, dtype=torch.long) for k in real}
+    written["labels"] -= 100
+    for i, (prompt, answer) in enumerate(answers):
+        written["input_ids"][i, : len(prompt + answer)] = torch.tensor(prompt + answer)
+        written["attention_mask"][i, : len(prompt + answer)] = 1
+        written["labels"][i, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    recipe = Recipe([[written, real]] * 40, None, Distil())
+    train(LM(student), recipe, optimizer, steps=40)
+    learnt = generate(student, table, PROMPTS[:3], max_new_tokens=NEW, temperature=0)
+    assert dict(learnt) == texts
 
 
 def test_on_policy_in_the_loop():

@@ -197,13 +197,14 @@ def test_the_loop_is_read_in_one_sitting():
 
 
 def test_settings_that_kd_loss_refuses_are_refused_at_once():
-    for wrong in (dict(temperature=0), dict(alpha=Linear(2, 1)), dict(divergence="klx")):
+    ends = dict(alpha=Linear(1, 2)), dict(temperature=Cosine(1, 0))
+    for wrong in (dict(temperature=0), dict(alpha=Linear(2, 1)), dict(divergence="klx"), *ends):
         with pytest.raises(ValueError):
             Distil(**wrong)
     with pytest.raises(TypeError, match="reduction cannot be set"):
         Distil(reduction="sum")
     with pytest.raises(ValueError, match="not negative, got -1"):
-        Plus(Distil(), Distil(), -1)
+        Plus(Distil(), Distil(), Linear(1, -1))
     with pytest.raises(ValueError, match="the first at 0"):
         Steps({0.5: 1})
 

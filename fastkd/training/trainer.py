@@ -197,9 +197,9 @@ class Progress(ProgressCallback):
                 for k, x in row.items()
                 if k.startswith("eval_") and k.split("_")[-1] not in ("runtime", "second")
             }
-            self.training_bar.write("held out", end=": ")
         text = "  ".join(f"{SCREEN.get(k, k)} {x:.4g}" for k, x in shown.items())
-        self.training_bar.write(f"step {state.global_step}  {text}")
+        where = "" if "loss" in row else "held out: "
+        self.training_bar.write(f"{where}step {state.global_step}  {text}")
 
 
 SCREEN = {"top1_agreement": "agreement", "perplexity": "ppl"}

@@ -145,7 +145,8 @@ def trl(entries: list[dict]) -> str:
         " `generalized_jsd_loss` (`GKDTrainer`) of whole logits, `_chunked_divergence_loss`"
         " (`DistillationTrainer`) of hidden states and LM heads.",
         "",
-        "| loss | rows × V | beta | T | TRL | fastkd | floor | × TRL | extra memory, TRL → fastkd |",
+        "| loss | rows × V | beta | T | TRL | fastkd | floor | × TRL"
+        " | extra memory, TRL → fastkd |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     keys = ("loss", "rows", "V", "beta", "temperature")

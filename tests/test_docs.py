@@ -312,8 +312,10 @@ def test_files_of_settings_are_understood(tmp_path):
 
 
 def flags_in_text():
-    """(page, flag) of all others that a page's text, its tables and files of settings name."""
+    """(page, words) of all others that a page names, but the history of what is gone."""
     for page, text in PAGES.items():
+        if page == "CHANGELOG.md":
+            continue
         rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for line in re.findall(r"`(--[^`]+)`", rest):
             yield page, shlex.split(line.replace("\n", " "))

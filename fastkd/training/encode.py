@@ -144,6 +144,8 @@ class Encoder:
 
     def encode(self, rows: Dataset, packing: bool) -> Encoded:
         n = len(rows)
+        if not n:
+            raise InputError("there are no rows")
         kind, used = self._format(rows.column_names)
         packed = packing and kind == "text" and not self.masked
         # Before any row is read: what would be refused in each of them.

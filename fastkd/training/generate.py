@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from fastkd.recipes import generate as written
 from fastkd.training.data import load_rows
@@ -58,6 +59,7 @@ def generate(settings: GenerateSettings) -> int:
     _check(settings)
     output = Path(settings.output)
     disable_progress_bars()
+    disable_progress_bar()
     sources = [load_rows(x, settings.data_split, settings.data_name) for x in settings.data]
     models = ModelSettings(
         student=settings.teacher,
@@ -67,9 +69,7 @@ def generate(settings: GenerateSettings) -> int:
         trust_remote_code=settings.trust_remote_code,
     )
     tokenizer, *_ = open_tokenizer(models)
-    length = settings.max_prompt_length + settings.max_new_tokens
-    for text in check_models(models, DataSettings(max_length=length)):
-        print(text)
+    check_models(models, DataSettings(max_length=2))
     prompts = [p for rows in sources for p in prompts_of(rows, tokenizer, settings)]
     prompts = prompts[: settings.limit]
     done = _begin(settings, output, prompts)
@@ -77,17 +77,20 @@ def generate(settings: GenerateSettings) -> int:
     (teacher,) = open_teachers(models)
     sampling = {"top_p": settings.top_p} if settings.top_p < 1 else {}
     sampling |= {"top_k": settings.top_k} if settings.top_k else {}
-    answers = written(
-        teacher,
-        tokenizer,
-        [prompt.ids for prompt in prompts],
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        start=done,
-        **(sampling if settings.temperature else {}),
-    )
+    try:
+        answers = written(
+            teacher,
+            tokenizer,
+            [prompt.ids for prompt in prompts],
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            start=done,
+            **(sampling if settings.temperature else {}),
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
     with output.open("a", encoding="utf-8") as file:
         for i, text in tqdm(answers, total=len(prompts), initial=done, desc=output.name):
             file.write(json.dumps(prompts[i].answered(text), ensure_ascii=False) + "\n")

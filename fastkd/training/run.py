@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 from fastkd.integrations.transformers import DistillationTrainer
 from fastkd.recipes import LM, Batch, OnPolicy, evaluate
@@ -102,6 +103,9 @@ def _copy(config: Config) -> Config:
 
 def train(config: Config) -> Run:
     """One stage."""
+    disable_progress_bar()  # of files being opened; the training's own is not one of these
+    if config.training.device.type == "cpu":
+        config.training.dataloader_pin_memory = False  # or torch warns that there is no GPU
     models, data, loss, run, args, _ = config
     say = print if args.process_index == 0 else _silent
     _check(config)

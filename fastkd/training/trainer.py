@@ -188,18 +188,18 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs or SUMMARY in logs:
             return
-        row = {NAMES.get(k, k): x for k, x in logs.items()}
+        row, place = {NAMES.get(k, k): x for k, x in logs.items()}, ""
         if "loss" in row:
             shown = {k: row[k] for k in COLUMNS if k in row}
         else:
+            place = "held out  "
             shown = {
                 k.removeprefix("eval_"): x
                 for k, x in row.items()
                 if k.startswith("eval_") and k.split("_")[-1] not in ("runtime", "second")
             }
-            self.training_bar.write("held out", end=": ")
         text = "  ".join(f"{SCREEN.get(k, k)} {x:.4g}" for k, x in shown.items())
-        self.training_bar.write(f"step {state.global_step}  {text}")
+        self.training_bar.write(f"step {state.global_step}  {place}{text}")
 
 
 SCREEN = {"top1_agreement": "agreement", "perplexity": "ppl"}

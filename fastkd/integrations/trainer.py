@@ -272,16 +272,14 @@ class DistillationMixin:
             (Path(output_dir) / REWRITE).write_text(text, encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if self._learns and self.objective.state_dict():
+        if checkpoint is not None and self._learns and self.objective.state_dict():
             from safetensors.torch import load_model
 
             load_model(self.objective, str(_state_in(checkpoint, OBJECTIVE, self.objective)))
-        if hasattr(self.rewrite, "load_state_dict"):
+        if checkpoint is not None and hasattr(self.rewrite, "load_state_dict"):
             text = _state_in(checkpoint, REWRITE, self.rewrite).read_text(encoding="utf-8")
             self.rewrite.load_state_dict(json.loads(text))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # What the log shows.
 

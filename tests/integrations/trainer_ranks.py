@@ -78,10 +78,13 @@ def sharded_by_transformers(folder, sharding):
     student = tiny(0)
     expected = truth(student, tiny(1), rows())
     expected["grad_norm"] = norm(student).item()
-    path = f"{folder}/{dist.get_rank()}"
-    tiny(0).save_pretrained(path)
+    path = [folder]
+    dist.broadcast_object_list(path)
+    if dist.get_rank() == 0:
+        tiny(0).save_pretrained(folder)
+    dist.barrier()
     student = AutoModelForCausalLM.from_pretrained(
-        path, distributed_config=DistributedConfig(fsdp_size=2)
+        *path, distributed_config=DistributedConfig(fsdp_size=2)
     )
     assert isinstance(next(student.parameters()), DTensor)
     cut = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -227,11 +230,11 @@ def adapter(folder, sharding):
 
 def main():
     cases = [
-        (steps, {}), (steps, FSDP2), (sharded_by_transformers, {}), (own_means, {}), (own_means, FSDP2), (without_target, {}),
-        (without_target, FSDP2), (evaluation, {}), (evaluation, FSDP2), (flattened, {}),
+        (steps, {}), (steps, FSDP2), (sharded_by_transformers, {}),
+        (own_means, {}), (own_means, FSDP2), (without_target, {}), (without_target, FSDP2),
+        (evaluation, {}), (evaluation, FSDP2), (flattened, {}), (another_prompt, {}),
         (objective_that_learns, {}), (refused_objective, FSDP2), (hidden_states_alone, {}),
-        (another_prompt, {}), (unused_parameters, {}),
-        (unused_parameters, FSDP2), (adapter, {}), (adapter, FSDP2),
+        (unused_parameters, {}), (unused_parameters, FSDP2), (adapter, {}), (adapter, FSDP2),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for case, sharding in cases:

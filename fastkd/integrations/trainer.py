@@ -124,8 +124,9 @@ class DistillationMixin:
         """A causal head on a model that looks both ways has every label in view."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         partly = plugin is not None and plugin.zero_stage == 3
-        # Each process may have a part of the weights, or the first one all.
-        if partly or not self.accelerator.is_local_main_process:
+        # The first process may have all the weights, or each a part that needs the others'.
+        sharded = any(type(p).__name__ == "DTensor" for p in self.model.parameters())
+        if partly or not (sharded or self.accelerator.is_local_main_process):
             return
         if looks_ahead(self.model):
             raise ValueError(

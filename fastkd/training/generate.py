@@ -91,10 +91,18 @@ def generate(settings: GenerateSettings) -> int:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    longest = 0
     with output.open("a", encoding="utf-8") as file:
         for i, text in tqdm(answers, total=len(prompts), initial=done, desc=output.name):
             file.write(json.dumps(prompts[i].answered(text), ensure_ascii=False) + "\n")
             file.flush()
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            longest += len(ids) >= settings.max_new_tokens
+    if longest:
+        print(
+            f"{longest:,} answers have all of the {settings.max_new_tokens} tokens that"
+            " max_new_tokens allows: they may end in the middle"
+        )
     print(f"The answers are in {output}. To distil on them:")
     print(f"    fastkd distill --data {output} --teacher {settings.teacher} --student … --output …")
     return len(prompts)

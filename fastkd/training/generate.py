@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from fastkd.recipes import generate as written
 from fastkd.training.data import load_rows
 from fastkd.training.encode import ANSWERS, CHATS, IGNORED, QUESTIONS, Encoder, Prompts
 from fastkd.training.errors import InputError, one_line
-from fastkd.training.models import check_models, open_teachers, open_tokenizer
+from fastkd.training.models import check_models, longest, open_teachers, open_tokenizer
 from fastkd.training.outputs import write
-from fastkd.training.settings import DataSettings, GenerateSettings, ModelSettings
+from fastkd.training.settings import LENGTH, DataSettings, GenerateSettings, ModelSettings
 
 # The column of an answer, by the question's.
 ANSWER_TO = {"prompt": "completion", "instruction": "output", "query": "response"}
@@ -67,8 +68,9 @@ def generate(settings: GenerateSettings) -> int:
         trust_remote_code=settings.trust_remote_code,
     )
     tokenizer, *_ = open_tokenizer(models)
-    length = settings.max_prompt_length + settings.max_new_tokens
-    for text in check_models(models, DataSettings(max_length=length)):
+    length = _prompt_length(settings, models)
+    settings = dataclasses.replace(settings, max_prompt_length=length)
+    for text in check_models(models, DataSettings(max_length=length + settings.max_new_tokens)):
         print(text)
     prompts = [p for rows in sources for p in prompts_of(rows, tokenizer, settings)]
     prompts = prompts[: settings.limit]
@@ -95,6 +97,19 @@ def generate(settings: GenerateSettings) -> int:
     print(f"The answers are in {output}. To distil on them:")
     print(f"    fastkd distill --data {output} --teacher {settings.teacher} --student … --output …")
     return len(prompts)
+
+
+def _prompt_length(settings: GenerateSettings, models: ModelSettings) -> int:
+    """The longest prompt, in tokens; with the answer it fits the model's positions."""
+    positions = longest(models, sys.maxsize)
+    room = positions - settings.max_new_tokens
+    if room < (settings.max_prompt_length or 1):
+        raise InputError(
+            f"the teacher {settings.teacher} has {positions:,} positions: too few for prompts of"
+            f" {settings.max_prompt_length or 1:,} tokens and answers of {settings.max_new_tokens:,}"
+            " (--max_prompt_length, --max_new_tokens)"
+        )
+    return settings.max_prompt_length or min(room, LENGTH)
 
 
 def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> list[Prompt]:
@@ -163,7 +178,8 @@ def _check(settings: GenerateSettings) -> None:
         if not getattr(settings, name):
             raise InputError(f"--{name} is missing")
     for name in ("batch_size", "max_prompt_length", "max_new_tokens"):
-        if getattr(settings, name) < 1:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise InputError(f"{name} must be positive, got {getattr(settings, name)}")
     if settings.limit is not None and settings.limit < 1:
         raise InputError(f"limit must be positive, got {settings.limit}")

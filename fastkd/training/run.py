@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +26,13 @@ from fastkd.training.errors import InputError
 from fastkd.training.models import (
     check_models,
     describe,
+    longest,
     open_student,
     open_teachers,
     open_tokenizer,
 )
 from fastkd.training.outputs import Folder, is_complete, read_record
+from fastkd.training.settings import LENGTH, DataSettings, ModelSettings
 from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
 
 # What a run that goes on must agree with: of `TrainingArguments` these, of our own all but those.
@@ -110,6 +112,9 @@ def train(config: Config) -> Run:
     checkpoint = _checkpoint(folder, config)
 
     tokenizer, vocab, sizes = open_tokenizer(models)
+    if data.max_length is None:
+        data = _with_length(models, data, say)
+        config = config._replace(data=data)
     for text in check_models(models, data, args):
         say(text)
     read = _read(config, tokenizer, sizes, data.packing)
@@ -207,6 +212,15 @@ def _check(config: Config) -> None:
         raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
     if loss.on_policy and data.teacher_prompt_template is not None:
         raise InputError("on_policy and teacher_prompt_template do not go together")
+
+
+def _with_length(models: ModelSettings, data: DataSettings, say: Callable) -> DataSettings:
+    """`max_length`, where nobody has named it."""
+    own = data.teacher_prompt_template is not None and data.max_teacher_length is not None
+    length = longest(models, student_only=own)
+    if length < LENGTH:
+        say(f"sequences are cut to {length:,} tokens: the models have no more positions")
+    return dataclasses.replace(data, max_length=length)
 
 
 def _read(config: Config, tokenizer: Any, sizes: Any, pack: bool) -> Read:

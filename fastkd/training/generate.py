@@ -105,9 +105,9 @@ def _prompt_length(settings: GenerateSettings, models: ModelSettings) -> int:
     room = positions - settings.max_new_tokens
     if room < (settings.max_prompt_length or 1):
         raise InputError(
-            f"the teacher {settings.teacher} has {positions:,} positions: too few for prompts of"
-            f" {settings.max_prompt_length or 1:,} tokens and answers of {settings.max_new_tokens:,}"
-            " (--max_prompt_length, --max_new_tokens)"
+            f"the teacher {settings.teacher} has {positions:,} positions, too few for"
+            f" --max_prompt_length {settings.max_prompt_length or 1} and --max_new_tokens"
+            f" {settings.max_new_tokens}"
         )
     return settings.max_prompt_length or min(room, LENGTH)
 

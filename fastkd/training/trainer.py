@@ -66,7 +66,7 @@ class FolderTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model, trial):
         self.check_finite()
-        state = self.state
+        state, before = self.state, self.state.best_model_checkpoint
         made = self.folder.partial / f"checkpoint-{state.global_step}"
         self._writes_to = str(self.folder.partial)
         try:
@@ -75,7 +75,7 @@ class FolderTrainer(DistillationTrainer):
             self._writes_to = None
         best = self.folder.path / f"checkpoint-{state.best_global_step}"
         found = best.is_dir() or best.name == made.name
-        state.best_model_checkpoint = str(best) if found else None
+        state.best_model_checkpoint = str(best) if found else before
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             state.save_to_json(str(made / "trainer_state.json"))  # it named the folder beside
@@ -164,6 +164,9 @@ class Log(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_train_begin(self, args, state, control, **kwargs):
+        best = self.folder.path / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():  # the folder was moved
+            state.best_model_checkpoint = str(best)
         if state.is_world_process_zero:
             self.folder.text("log.jsonl", "".join(map(line, points(state.log_history))))
 

@@ -339,7 +339,10 @@ class Encoder:
             raise InputError(f"{BESIDE[-1]} must be an object, got {more!r:.60}")
         template = {name: x for name, x in (template | (more or {})).items() if x is not None}
         history = _history(beside.get("history"))
-        system = _text(beside, "system") or _text(beside, "system_prompt") or ""
+        told = {_text(beside, c) or "" for c in ("system", "system_prompt")} - {""}
+        if len(told) > 1:
+            raise InputError("two system prompts: the columns system and system_prompt")
+        system = told.pop() if told else ""
 
         if kind in CHATS:
             messages, answers = chat.from_json(row[kind], kind), []

@@ -21,7 +21,7 @@ from fastkd.training.encode import Encoder, Prompts, encode
 from fastkd.training.errors import InputError
 from fastkd.training.files import NoSplit, load_rows
 from fastkd.training.packs import keeps_documents_apart
-from fastkd.training.settings import DataSettings
+from fastkd.training.settings import LENGTH, DataSettings
 
 __all__ = [
     "Prompts",
@@ -89,7 +89,7 @@ def open_data(
     prompts = Prompts(
         data.student_prompt_template, data.teacher_prompt_template, data.max_teacher_length
     )
-    encoder = Encoder(tokenizer, data.max_length, vocab_size, task, prompts)
+    encoder = Encoder(tokenizer, data.max_length or LENGTH, vocab_size, task, prompts)
     packing = data.packing and pack
     report: list[str] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from fastkd.recipes import generate as written
 from fastkd.training.data import load_rows
 from fastkd.training.encode import ANSWERS, CHATS, IGNORED, QUESTIONS, Encoder, Prompts
 from fastkd.training.errors import InputError, one_line
-from fastkd.training.models import check_models, open_teachers, open_tokenizer
+from fastkd.training.models import check_models, longest, open_teachers, open_tokenizer
 from fastkd.training.outputs import write
-from fastkd.training.settings import DataSettings, GenerateSettings, ModelSettings
+from fastkd.training.settings import LENGTH, DataSettings, GenerateSettings, ModelSettings
 
 # The column of an answer, by the question's.
 ANSWER_TO = {"prompt": "completion", "instruction": "output", "query": "response"}
@@ -69,6 +70,8 @@ def generate(settings: GenerateSettings) -> int:
         trust_remote_code=settings.trust_remote_code,
     )
     tokenizer, *_ = open_tokenizer(models)
+    length = _prompt_length(settings, models)
+    settings = dataclasses.replace(settings, max_prompt_length=length)
     check_models(models, DataSettings(max_length=2))
     prompts = [p for rows in sources for p in prompts_of(rows, tokenizer, settings)]
     prompts = prompts[: settings.limit]
@@ -106,6 +109,19 @@ def generate(settings: GenerateSettings) -> int:
     print(f"The answers are in {output}. To distil on them:")
     print(f"    fastkd distill --data {output} --teacher {settings.teacher} --student … --output …")
     return len(prompts)
+
+
+def _prompt_length(settings: GenerateSettings, models: ModelSettings) -> int:
+    """The longest prompt, in tokens; with the answer it fits the model's positions."""
+    positions = longest(models, sys.maxsize)
+    room = positions - settings.max_new_tokens
+    if room < (settings.max_prompt_length or 1):
+        raise InputError(
+            f"the teacher {settings.teacher} has {positions:,} positions, too few for"
+            f" --max_prompt_length {settings.max_prompt_length or 1} and --max_new_tokens"
+            f" {settings.max_new_tokens}"
+        )
+    return settings.max_prompt_length or min(room, LENGTH)
 
 
 def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> list[Prompt]:
@@ -174,7 +190,8 @@ def _check(settings: GenerateSettings) -> None:
         if not getattr(settings, name):
             raise InputError(f"--{name} is missing")
     for name in ("batch_size", "max_prompt_length", "max_new_tokens"):
-        if getattr(settings, name) < 1:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise InputError(f"{name} must be positive, got {getattr(settings, name)}")
     if settings.limit is not None and settings.limit < 1:
         raise InputError(f"limit must be positive, got {settings.limit}")

@@ -1,6 +1,6 @@
 """The tables of README and docs, from saved results: `python benchmarks/table.py` writes them
 between the markers in these pages, `<!-- results: cpu -->` (all of cpu.json) or `<!-- results: cpu
-short -->` (its narrow table) to `<!-- end -->`."""
+short -->` (its narrow table) to `<!-- end -->`; `step` and `step short` are of step.json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / page for page in ("README.md", "docs/index.md", "docs/speed.md")]
 SHORT = {"naive": "PyTorch", "compile": "torch.compile", "fastkd": "**fastkd**"}
+MODELS = {  # of step.json
+    "smollm2": "SmolLM2-135M, V = 49,152",
+    "gemma3": "Gemma 3 270M, V = 262,144",
+}
 
 
 def load(name: str) -> dict | None:
@@ -48,8 +52,9 @@ def short(result: dict) -> str:
 
 
 def tables(result: dict) -> str:
-    """Those of dense logits, of LM heads and of top-k teachers, as far as they were measured; the
-    first line says on what. Times are medians of loss and gradient in one run."""
+    """Those of dense logits, of LM heads, of top-k teachers and of TRL's losses, as far as they
+    were measured; the first line says on what. Times are medians of loss and gradient in one
+    run."""
     entries = entries_of(result)
     machine = result["machine_info"]
     versions = ", ".join(
@@ -57,7 +62,7 @@ def tables(result: dict) -> str:
     )
     parts = [
         render(entries[kind])
-        for kind, render in (("dense", dense), ("head", heads), ("topk", topk))
+        for kind, render in (("dense", dense), ("head", heads), ("topk", topk), ("trl", trl))
         if kind in entries
     ]
     return f"{machine['device']}, {machine['threads']} threads, {versions}; " + "\n\n".join(parts)
@@ -133,6 +138,67 @@ def topk(entries: list[dict]) -> str:
     return "\n".join([*lines[:2], *filled(lines[2:])])
 
 
+def trl(entries: list[dict]) -> str:
+    """One row per function of TRL's, vocabulary, beta and temperature."""
+    lines = [
+        f"TRL's two losses by TRL's own code, and under `fused()`, {entries[0]['dtype'][6:]}:"
+        " `generalized_jsd_loss` (`GKDTrainer`) of whole logits, `_chunked_divergence_loss`"
+        " (`DistillationTrainer`) of hidden states and LM heads.",
+        "",
+        "| loss | rows × V | beta | T | TRL | fastkd | floor | × TRL"
+        " | extra memory, TRL → fastkd |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    keys = ("loss", "rows", "V", "beta", "temperature")
+    for (loss, rows, V, beta, T), row in grouped(entries, *keys).items():
+        first = row.get("fastkd") or next(iter(row.values()))
+        lines.append(
+            f"| `{loss}` | {rows:,} × {V:,} | {beta:g} | {T:g} | {ms(row, 'trl')}"
+            f" | {ms(row, 'fastkd')} | {milliseconds(first['floor_seconds'])}"
+            f" | {ratio(row, 'trl', 'fastkd')} | {memory(row, 'trl')} |"
+        )
+    return "\n".join(lines)
+
+
+def steps(result: dict) -> str:
+    """Whole training steps of real models: a line per model and number of tokens."""
+    machine = result["machine_info"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; one sequence"
+        " a step, fp32, a student of every third layer, AdamW, forward KL, T = 2, alpha = 0.7.",
+        "",
+        "| model | tokens | PyTorch | fastkd, whole logits | fastkd | × PyTorch | peak, PyTorch"
+        " | whole logits | fastkd |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (model, tokens), row in grouped(result["steps"], "model", "tokens").items():
+        lines.append(
+            f"| {MODELS[model]} | {tokens:,} | {seconds(row, 'naive')} | {seconds(row, 'whole')}"
+            f" | {seconds(row, 'fastkd')} | {ratio(row, 'naive', 'fastkd')}"
+            f" | {peak(row, 'naive')} | {peak(row, 'whole')} | {peak(row, 'fastkd')} |"
+        )
+    return "\n".join(lines)
+
+
+def steps_short(result: dict) -> str:
+    """Each model's longest sequence; and the largest model's shortest, where least is won."""
+    groups = grouped(result["steps"], "model", "tokens")
+    lengths = {model: [n for m, n in groups if m == model] for model, _ in groups}
+    last = list(lengths)[-1]
+    chosen = {(model, max(n)) for model, n in lengths.items()} | {(last, min(lengths[last]))}
+    lines = [
+        "| a whole training step | tokens | PyTorch | fastkd | peak memory |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for (model, tokens), row in groups.items():
+        if (model, tokens) in chosen:
+            lines.append(
+                f"| {MODELS[model]} | {tokens:,} | {seconds(row, 'naive')}"
+                f" | **{seconds(row, 'fastkd')}** | {peak(row, 'naive')} → {peak(row, 'fastkd')} |"
+            )
+    return "\n".join(lines)
+
+
 def filled(lines: list[str]) -> list[str]:
     """A table's lines without the columns that were measured nowhere."""
     cells = [line.strip().strip("|").split("|") for line in lines]
@@ -174,13 +240,30 @@ def over_floor(entry: dict | None) -> str:
     return "–" if entry is None else f"{entry['median'] / entry['floor_seconds']:.2f}"
 
 
-def memory(row: dict[str, dict]) -> str:
-    naive, ours = (megabytes(row.get(x, {}).get("peak_bytes")) for x in ("naive", "fastkd"))
-    return f"{naive} → {ours}"
+def memory(row: dict[str, dict], above: str = "naive") -> str:
+    theirs, ours = (megabytes(row.get(x, {}).get("peak_bytes")) for x in (above, "fastkd"))
+    return f"{theirs} → {ours}"
+
+
+def seconds(row: dict[str, dict], provider: str) -> str:
+    return f"{row[provider]['median']:,.1f} s" if provider in row else "–"
+
+
+def peak(row: dict[str, dict], provider: str) -> str:
+    return f"{row[provider]['peak_mb'] / 1000:.1f} GB" if provider in row else "–"
 
 
 def megabytes(peak: int | None) -> str:
     return "–" if peak is None else f"{max(peak, 0) / 2**20:,.0f} MB"
+
+
+# By whether whole steps are asked for, and a narrow table.
+RENDER = {
+    (False, False): tables,
+    (False, True): short,
+    (True, False): steps,
+    (True, True): steps_short,
+}
 
 
 def rendered(text: str) -> str:
@@ -188,7 +271,7 @@ def rendered(text: str) -> str:
 
     def fill(match: re.Match) -> str:
         result = load(match[2])
-        render = short if match[3] else tables
+        render = RENDER[match[2] == "step", bool(match[3])]
         body = render(result) if result else "Not measured yet."
         return f"{match[1]}\n\n{body}\n\n<!-- end -->"
 

@@ -1,5 +1,5 @@
 """README and docs are true: their code runs, tables and picture are the saved results, links and
-commands exist.
+commands exist and can be read.
 
 The Python blocks of a page are one program, run from top to bottom with the names of `names()`. A
 block under `<!-- needs: PACKAGE -->` runs where the package is; one under `<!-- not run: why -->`
@@ -8,6 +8,7 @@ does not, and is counted.
 
 import importlib.util
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -199,6 +200,38 @@ def test_tables_and_picture_are_the_saved_results(monkeypatch):
         assert drawn == picture.draw(cpu, scheme), "run `make tables`"
 
 
+def test_tables_of_results_that_are_to_come(monkeypatch):
+    """Whole steps and TRL's losses, in the form that their benchmarks save."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import table
+
+    measured = [
+        dict(model=model, tokens=tokens, provider=kind, median=tokens / x, peak_mb=1000.0 * x)
+        for model, tokens in (("smollm2", 256), ("gemma3", 256), ("gemma3", 512), ("gemma3", 1024))
+        for x, kind in enumerate(("fastkd", "whole", "naive"), 1)
+    ]
+    machine = dict(device="a CPU", threads=2, torch="2")
+    result = dict(machine_info=machine, steps=measured)
+    monkeypatch.setattr(table, "load", lambda name: result if name == "step" else None)
+    page = table.rendered("<!-- results: step --><!-- end -->")
+    name = table.MODELS["gemma3"]
+    row = "| 512 | 170.7 s | 256.0 s | 512.0 s | 0.3 | 3.0 GB | 2.0 GB | 1.0 GB |"
+    assert f"| {name} {row}" in page and page.count("\n| Gemma") == 3
+    short = table.rendered("<!-- results: step short --><!-- end -->")
+    assert "| 1,024 | 341.3 s | **1,024.0 s** |" in short
+    assert short.count("GB → 1.0 GB") == 3 and "| 512 |" not in short
+    assert "Not measured yet." in table.rendered("<!-- results: gpu --><!-- end -->")
+    same = dict(
+        table="trl", loss="f", rows=2, V=5, beta=0.5, temperature=1.0, dtype="torch.float32"
+    )
+    entries = [
+        same | dict(provider=kind, median=x, floor_seconds=1.0, peak_bytes=2**20)
+        for kind, x in (("trl", 4.0), ("fastkd", 2.0))
+    ]
+    row = "| `f` | 2 × 5 | 0.5 | 1 | 4,000.0 ms | 2,000.0 ms | 1,000.0 ms | 2.0 | 1 MB → 1 MB |"
+    assert row in table.trl(entries)
+
+
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for command in ("distill", "test", "bench", "tables"):
@@ -206,6 +239,106 @@ def test_commands_exist():
     for page, text in PAGES.items():
         for target in re.findall(r"(?:`|^)make ([a-z][\w-]*)", text, flags=re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page}: make {target}"
+
+
+def command_lines():
+    """(page, what the shell gives to `fastkd`) of every command line in a block or in the text."""
+    for page, text in PAGES.items():
+        blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        shown = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for line in (*shown, *re.findall(r"`([^`]+)`", rest)):
+            parts = shlex.split(line.replace("\n", " "), comments=True)
+            if "fastkd" not in parts or {"pip", "clone"} & set(parts):
+                continue
+            arguments = parts[parts.index("fastkd") + 1 :]
+            if arguments[:1] in (["distill"], ["generate"]) and "--help" not in arguments:
+                yield page, arguments
+
+
+def test_command_lines_are_understood(tmp_path):
+    """No flag in README and docs is wrong, and no value."""
+    from fastkd.training import build, config, settings
+
+    lines = [(page, x) for page, x in command_lines() if len(x) > 1]
+    assert len(lines) > 20
+    for page, (command, *flags) in lines:
+        files = {"--config": tmp_path / "none.yaml"}
+        files["--config"].write_text("{}\n")
+        read = [
+            str(files.get(before, word)) for before, word in zip(["", *flags], flags, strict=False)
+        ]
+        if read[-1] == "…" and not read[-2].startswith("--"):  # the rest; after a flag, its value
+            read.pop()
+        try:
+            if command == "generate":
+                config.read(read, [settings.GenerateSettings], {})
+                continue
+            models, _, loss, *_ = config.parse(read)
+            if models.teacher:
+                build.check_settings(models, loss)
+        except ValueError as error:
+            raise AssertionError(
+                f"{page}: fastkd {command} {shlex.join(flags)}: {error}"
+            ) from error
+
+
+def test_files_of_settings_are_understood(tmp_path):
+    """A YAML block is a file for `--config`, or one for `accelerate launch`."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from fastkd.training import config
+
+    found = []
+    for page, text in PAGES.items():
+        for block in re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+            file = tmp_path / f"{len(found)}.yaml"
+            file.write_text(block, encoding="utf-8")
+            accelerates = "compute_environment" in block
+            found.append(accelerates)
+            try:
+                if accelerates:
+                    load_config_from_file(str(file))
+                else:
+                    config.parse(["--config", str(file)])
+            except ValueError as error:
+                raise AssertionError(f"{page}: {error}") from error
+    assert set(found) == {True, False}
+
+
+def flags_in_text():
+    """(page, flag) of all others that a page's text, its tables and files of settings name."""
+    for page, text in PAGES.items():
+        rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for line in re.findall(r"`(--[^`]+)`", rest):
+            yield page, shlex.split(line.replace("\n", " "))
+
+
+def test_flags_exist():
+    """`--flag` and `--flag value` in a sentence are read as those of `fastkd distill`, or of
+    `fastkd generate`."""
+    from fastkd.training import config, settings
+
+    for page, line in flags_in_text():
+        line = [word for word in line if word != "…"]
+        bare = [i for i, x in enumerate(line) if x.startswith("--")]
+        whole = line if all(i + 1 < len(line) for i in bare) and bare[-1] + 1 < len(line) else []
+        for kinds, defaults in (
+            ([*settings.GROUPS, config.TrainingArguments], settings.DEFAULTS),
+            ([settings.GenerateSettings], {}),
+        ):
+            parser = config.Parser(kinds, prog="fastkd", allow_abbrev=False)
+            known = {action.dest: action for action in parser._actions}
+            try:
+                for i in bare:
+                    config._name(line[i].removeprefix("--").partition("=")[0], known)
+                if whole and "--config" not in whole:
+                    config.read(whole, kinds, defaults)
+                break
+            except ValueError as error:
+                problem = error
+        else:
+            raise AssertionError(f"{page}: {shlex.join(line)}: {problem}")
 
 
 def test_rooms_exist():

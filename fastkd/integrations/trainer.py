@@ -38,7 +38,8 @@ class DistillationMixin:
     processes.
 
     Args:
-        *args, **kwargs: of the trainer below; and `KDLoss`'s keywords (`divergence`, `temperature`,
+        *args: of the trainer below.
+        **kwargs: of the trainer below; and `KDLoss`'s keywords (`divergence`, `temperature`,
             `alpha`, `compensate`, `vocab`, `workspace_bytes`, …), for `Distil`. Those that may be
             schedules are functions of the progress in [0, 1]. `teacher_mode`: the mode of
             `Ensemble` for several teachers.

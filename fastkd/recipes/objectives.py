@@ -39,8 +39,9 @@ class Distil:
     Args:
         shift: True: position i predicts label i + 1, as in causal language models; False: label i,
             as in encoder-decoders and masked language models (`fastkd.recipes.shifts_labels`).
-        divergence, temperature, alpha: `kd_loss`'s, or functions from the progress to one. Numbers
-            may be 0-d tensors.
+        divergence: `kd_loss`'s, or a function from the progress to one.
+        temperature: the same; numbers may be 0-d tensors.
+        alpha: the same.
         **settings: the other keywords of `KDLoss`. `inplace` is on unless it is set: whole logits
             of the student are overwritten by their gradient.
 
@@ -126,8 +127,10 @@ class Plus(nn.Module):
     first that reads logits.
 
     Args:
-        objective, term: whose parameters, where they are modules, are this one's. Where both read
-            logits (all but those that say `logits = False`), a `Distil` leaves them as they are.
+        objective: its parameters, where it is a module, are this one's. Where both it and the term
+            read logits (all but those that say `logits = False`), a `Distil` leaves them as they
+            are.
+        term: the same.
         weight: a number that is not negative, or a function from the progress to one.
 
     Raises:

@@ -58,8 +58,9 @@ class OnPolicy:
         fraction: part of the batches, in [0, 1].
         max_new_tokens: of the longest response; less where the model's positions end before.
         temperature: at which it samples; 0: greedily.
-        pad_token_id, eos_token_id: default: those of the model's generation settings. None ends
-            nothing. An id, or several that end a text.
+        pad_token_id: default: that of the model's generation settings.
+        eos_token_id: an id, or several that end a text; None ends nothing. Default: those of the
+            model's generation settings.
         seed: of draws and text.
         **settings: of transformers' `GenerationConfig` (`top_p`, `top_k`); without them the
             distribution is the model's own: what its folder sets is not used.

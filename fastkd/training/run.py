@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -229,6 +230,12 @@ def _check(config: Config) -> None:
     """What can be seen to be wrong without opening a file."""
     models, data, loss, run, args, _ = config
     check_settings(models, loss)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:  # each would write as if it were alone
+        raise InputError(
+            f"{started} processes were started, and do not know of each other: without GPUs,"
+            " --use_cpu connects them"
+        )
     if not args.output_dir or args.output_dir == "trainer_output":
         raise InputError("--output is missing")
     if not data.data:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is refused at once
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Code that torch.compile made for other vector instructions is wrong here, and its cache does not

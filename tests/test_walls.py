@@ -45,7 +45,7 @@ def files(storey):
     if storey != "loss":
         return [p for p in every if p.is_relative_to(PACKAGE / storey)]
     # `fastkd.data` is another name of a file of the trainer's.
-    own = {f"{name}.py" for name in (*ABOVE, "data")}
+    own = {f"{name}.py" for name in (*ABOVE, "data", "__main__")}
     return [
         p
         for p in every

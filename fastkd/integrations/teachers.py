@@ -130,20 +130,20 @@ class Frozen:
             self.model.eval()
         here = next(x.device for x in batch.values() if isinstance(x, Tensor))
         there = next(self.model.parameters()).device
-        says = self.lm(_moved(batch, there), hidden_states)
-        return Outputs(*(_moved(x, here) for x in says))
+        says = self.lm(moved(batch, there), hidden_states)
+        return Outputs(*(moved(x, here) for x in says))
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def moved(x: Any, device: torch.device) -> Any:
     """Tensors, and what is made of them, on a device."""
     if isinstance(x, Tensor):
         return x.to(device)
     if isinstance(x, Mapping):
-        return {k: _moved(v, device) for k, v in x.items()}
+        return {k: moved(v, device) for k, v in x.items()}
     if isinstance(x, tuple):
-        return tuple(_moved(v, device) for v in x)
+        return tuple(moved(v, device) for v in x)
     if isinstance(x, Source) and x.device != device:
-        values = {f.name: _moved(getattr(x, f.name), device) for f in fields(x) if f.init}
+        values = {f.name: moved(getattr(x, f.name), device) for f in fields(x) if f.init}
         return replace(x, **values)
     return x
 

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -126,15 +125,15 @@ class DistillationMixin:
         """A causal head on a model that looks both ways has every label in view."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         partly = plugin is not None and plugin.zero_stage == 3
-        # Each process may have a part of the weights, or the first one all.
-        if partly or not self.accelerator.is_local_main_process:
+        # The first process may have all the weights, or each a part that needs the others'.
+        sharded = any(type(p).__name__ == "DTensor" for p in self.model.parameters())
+        if partly or not (sharded or self.accelerator.is_local_main_process):
             return
-        with suppress(NotImplementedError):
-            if looks_ahead(self.model):
-                raise ValueError(
-                    f"{type(self.model).__name__} predicts the next token, but looks at it: later"
-                    " tokens change earlier logits (is_decoder=False?)"
-                )
+        if looks_ahead(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} predicts the next token, but looks at it: later"
+                " tokens change earlier logits (is_decoder=False?)"
+            )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Parameters without a part in the loss (a vision tower under text) would stop DDP; the
@@ -276,16 +275,14 @@ class DistillationMixin:
             (Path(output_dir) / REWRITE).write_text(text, encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if self._learns and self.objective.state_dict():
+        if checkpoint is not None and self._learns and self.objective.state_dict():
             from safetensors.torch import load_model
 
             load_model(self.objective, str(_state_in(checkpoint, OBJECTIVE, self.objective)))
-        if hasattr(self.rewrite, "load_state_dict"):
+        if checkpoint is not None and hasattr(self.rewrite, "load_state_dict"):
             text = _state_in(checkpoint, REWRITE, self.rewrite).read_text(encoding="utf-8")
             self.rewrite.load_state_dict(json.loads(text))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # What the log shows.
 

@@ -25,7 +25,11 @@ Message = dict[str, Any]
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "ai"), "assistant")
 ROLES |= {"tool": "tool", "observation": "tool", "function_response": "tool"}
-NOT_LEARNT = ("weight", "train", "loss")  # 0 or false in a message: it is read, and not learnt
+# 0 or false in a message: it is read, and not learnt.
+NOT_LEARNT = ("weight", "train", "training", "loss")
+# What else a message may say of which of its tokens count.
+REFUSED = ("mask", "loss_mask", "loss_scale", "train_detail", "training_detail")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # What marks a place in a rendering: characters of no meaning, that nobody writes.
 HERE, THERE = "\ue000", "\ue001"
 
@@ -122,8 +126,9 @@ class Chat:
             message = {k: x for k, x in message.items() if k not in NOT_LEARNT}
             if isinstance(message.get("content"), str):
                 content = message["content"]
-                if self.end and message["role"] == "assistant":
-                    content = content.removesuffix(self.end)  # the template adds it
+                said = content.rstrip()
+                if self.end and message["role"] == "assistant" and said.endswith(self.end):
+                    content = said.removesuffix(self.end)  # the template adds it
                 message["content"] = self._form(content)
             prepared.append(message)
         return prepared
@@ -310,6 +315,10 @@ class Chat:
                 shown = self._differ((messages, template), (messages, without))
             if not shown:
                 raise InputError(f"the chat template does not show the {name} of the conversation")
+        for name in THOUGHTS:
+            if any(message.get(name) for message in messages):
+                if not re.search(rf"\b{name}\b", self._source(template)):
+                    raise InputError(f"the chat template does not show a message's {name}")
         if any("tool_calls" in message for message in messages):
             without = [{k: x for k, x in m.items() if k != "tool_calls"} for m in messages]
             if not self._differ((messages, template), (without, template)):
@@ -371,7 +380,7 @@ def _message(message: Any, i: int) -> Message:
         calls = calls if isinstance(calls, list) else [calls]
         made["tool_calls"] = [_call(call, i) for call in calls]
     elif content is None:
-        if not any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning")):
+        if not any(message.get(key) for key in THOUGHTS):
             raise Unusable("a message without content")
     return made | {k: x for k, x in message.items() if k != "role"}
 
@@ -458,6 +467,11 @@ def from_json(value: Any, name: str) -> Any:
 
 
 def _is_learnt(message: Any, i: int) -> bool:
+    for key in REFUSED if isinstance(message, dict) else ():
+        if message.get(key) is not None:
+            raise InputError(
+                f"message {i}: {key} cannot be obeyed; {', '.join(NOT_LEARNT)} 0 leaves out a turn"
+            )
     for key in NOT_LEARNT:
         value = message.get(key) if isinstance(message, dict) else None
         if value is not None and value not in (0, 1):

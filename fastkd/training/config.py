@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -89,7 +90,9 @@ def parse(argv: list[str]) -> Config:
         InputError: unknown flags or keys, one given twice, values that cannot be, a file that
             cannot be read.
     """
-    parts, given = read(argv, [*GROUPS, TrainingArguments], DEFAULTS)
+    # Where there is nothing but a CPU transformers refuses bf16, unless it is told.
+    own = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    parts, given = read(argv, [*GROUPS, TrainingArguments], DEFAULTS | own)
     config = Config(*parts, given)
     trackers = [name for text in config.training.report_to for name in text.split(",")]
     config.training.report_to = trackers

@@ -6,17 +6,14 @@ held-out part, and mixed; collate.py makes batches of the rows.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
-from torch.utils.data import DataLoader
 
 from fastkd.training.chat import IGNORED, encode_chat, encode_conversation
 from fastkd.training.collate import collator
@@ -24,7 +21,7 @@ from fastkd.training.encode import Encoder, Prompts, encode
 from fastkd.training.errors import InputError
 from fastkd.training.files import NoSplit, load_rows
 from fastkd.training.packs import keeps_documents_apart
-from fastkd.training.settings import DataSettings
+from fastkd.training.settings import LENGTH, DataSettings
 
 __all__ = [
     "Prompts",
@@ -92,7 +89,7 @@ def open_data(
     prompts = Prompts(
         data.student_prompt_template, data.teacher_prompt_template, data.max_teacher_length
     )
-    encoder = Encoder(tokenizer, data.max_length, vocab_size, task, prompts)
+    encoder = Encoder(tokenizer, data.max_length or LENGTH, vocab_size, task, prompts)
     packing = data.packing and pack
     report: list[str] = []
 
@@ -190,78 +187,3 @@ def _size(rows: Dataset) -> str:
     packed = " packed" if "position_ids" in rows.column_names else ""
     counting = "" if "labels" not in rows.column_names else f", {counted:,} of them count"
     return f"{len(rows):,}{packed} rows, {total:,} tokens{counting}"
-
-
-@dataclass
-class Collator:
-    """Pads rows to the longest: ids with the pad token, labels with -100, the mask with 0."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), length), self.pad_token_id),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.int64),
-            "labels": torch.full((len(rows), length), IGNORED),
-        }
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            batch["input_ids"][i, :n] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][i, :n] = 1
-            batch["labels"][i, :n] = torch.tensor(row["labels"])
-        return batch
-
-
-def batches_per_epoch(rows: int, size: int, processes: int) -> int:
-    """Micro-batches of an epoch for each process; a last one too small for all is left out."""
-    whole, rest = divmod(rows, size * processes)
-    return whole + (rest >= processes)
-
-
-def train_batches(
-    rows: Dataset,
-    collate: Collator,
-    size: int,
-    accumulation: int,
-    processes: int,
-    rank: int,
-    seed: int,
-    done: int,
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The micro-batches of each optimizer step, epoch after epoch, from step `done` on.
-
-    The order depends on the seed and the epoch alone, so that a resumed run sees what it would have
-    seen.
-    """
-    n = batches_per_epoch(len(rows), size, processes)
-    start, steps_done = divmod(done, math.ceil(n / accumulation))
-    for epoch in itertools.count(start):
-        order = torch.randperm(
-            len(rows), generator=torch.Generator().manual_seed(seed + epoch)
-        ).tolist()
-        shares = [
-            order[i * size * processes : (i + 1) * size * processes][rank::processes]
-            for i in range(n)
-        ]
-        batches = _loader(rows, collate, shares[steps_done * accumulation :])
-        while step := list(itertools.islice(batches, accumulation)):
-            yield step
-        steps_done = 0
-
-
-def eval_batches(
-    rows: Dataset, collate: Collator, size: int, processes: int, rank: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Every row once, over all processes."""
-    mine = list(range(rank, len(rows), processes))
-    return _loader(rows, collate, [mine[i : i + size] for i in range(0, len(mine), size)])
-
-
-def _loader(
-    rows: Dataset, collate: Collator, shares: list[list[int]]
-) -> Iterator[dict[str, torch.Tensor]]:
-    # A loader draws a seed when it starts: not from torch's state, which a resumed run restores.
-    return iter(
-        DataLoader(rows, batch_sampler=shares, collate_fn=collate, generator=torch.Generator())
-    )

@@ -22,9 +22,23 @@ from fastkd.training.settings import FORMATS
 CHATS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "instruction", "query", "question")
 ANSWERS = ("completion", "response", "output", "answer")
-BESIDE = ("system", "history", "tools", "documents", "chat_template_kwargs")  # of a conversation
+BESIDE = (
+    "system",
+    "system_prompt",
+    "history",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
+)  # of a conversation
 WEIGHTS = ("weight", "sample_weight", "loss_weight")
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask")
+# What else a column may say of what counts, or is seen: rows that have it are refused.
+REFUSED = re.compile(
+    r"(\w+_)?masks?|(token|loss|label)_weights|(images?|videos?|audios?|functions|chat_template)"
+)
+REFUSED_OF_IDS = re.compile(
+    r"token_type_ids|(prompt|source|input|completion|response|target)_(len|lens|length|lengths)"
+)
 OF_TOKENS = ("attention_mask", "position_ids", "special_tokens_mask", "seq_lengths", *MASKS)
 INPUT = "{input}"
 NO_RESPONSE, NO_TURN = "no response", "no turn of the assistant to learn"
@@ -144,7 +158,10 @@ class Encoder:
 
     def encode(self, rows: Dataset, packing: bool) -> Encoded:
         n = len(rows)
+        if not n:
+            raise InputError("there are no rows")
         kind, used = self._format(rows.column_names)
+        used += [c for c in rows.column_names if c not in used and _is_refused(c, kind)]
         packed = packing and kind == "text" and not self.masked
         # Before any row is read: what would be refused in each of them.
         if self.masked and kind not in ("text", "input_ids"):
@@ -237,6 +254,8 @@ class Encoder:
         Raises:
             RowError: a row that cannot be read as it is.
         """
+        for i, row in enumerate(rows):
+            self._tried(i, _check_columns, row, kind)
         made: list[Any] = [self._tried(i, _weighed, row) for i, row in enumerate(rows)]
         left = [i for i, reason in enumerate(made) if reason is None]
         if kind == "input_ids":
@@ -322,7 +341,10 @@ class Encoder:
             raise InputError(f"{BESIDE[-1]} must be an object, got {more!r:.60}")
         template = {name: x for name, x in (template | (more or {})).items() if x is not None}
         history = _history(beside.get("history"))
-        system = _text(beside, "system") or ""
+        told = {_text(beside, c) or "" for c in ("system", "system_prompt")} - {""}
+        if len(told) > 1:
+            raise InputError("two system prompts: the columns system and system_prompt")
+        system = told.pop() if told else ""
 
         if kind in CHATS:
             messages, answers = chat.from_json(row[kind], kind), []
@@ -443,7 +465,11 @@ class Encoder:
         ids = row["input_ids"]
         if ids is None:
             raise Unusable("no input_ids")
-        columns = {c: _integers(x, c) for c, x in row.items() if x is not None and c not in WEIGHTS}
+        columns = {
+            c: _integers(row[c], c)
+            for c in ("input_ids", "labels", *OF_TOKENS)
+            if row.get(c) is not None
+        }
         for column, x in columns.items():
             if column != "seq_lengths" and len(x) != len(ids):
                 raise InputError(f"{len(ids)} input_ids and {len(x)} {column}")
@@ -594,6 +620,26 @@ def _history(value: Any) -> list[dict]:
         else:
             raise InputError(f"history holds {turn!r:.60}, and not [question, answer] or a message")
     return messages
+
+
+def _is_refused(column: str, kind: str) -> bool:
+    known = column in OF_TOKENS
+    of_ids = kind == "input_ids" and REFUSED_OF_IDS.fullmatch(column)
+    return bool(not known and (REFUSED.fullmatch(column) or of_ids))
+
+
+def _check_columns(row: dict, kind: str) -> None:
+    for column, value in row.items():
+        if not value or not _is_refused(column, kind):
+            continue
+        if column == "token_type_ids" and not any(value):
+            continue  # a single segment, as of every text
+        raise InputError(
+            f"the column {column} holds {value!r:.40}, which cannot be obeyed: leave it out, or say"
+            f" by {', '.join(MASKS[:2])} or labels which ids count"
+            if kind == "input_ids"
+            else f"the column {column} holds {value!r:.40}, which cannot be obeyed: leave it out"
+        )
 
 
 def _weighed(row: dict) -> str | None:

@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value, load_dat
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import get_verbosity, set_verbosity
 from huggingface_hub import metadata_load
+from pyarrow.parquet import read_metadata
 
 from fastkd.training.errors import InputError
 
@@ -203,6 +204,10 @@ def _read(source: str, files: list[Path]) -> Dataset:
         for file in files:
             if not file.stat().st_size:
                 raise InputError(f"{file} is empty")
+        if kind == "parquet":
+            counts = [_call(file, read_metadata, file).num_rows for file in files]
+            if not any(counts):
+                raise InputError(f"{source} has no rows")
         escaped = [glob.escape(path) for path in paths]
         return _call(source, load_dataset, kind, data_files=escaped, split="train")
     columns = _columns(files)
@@ -230,7 +235,7 @@ def _call(source: str, function: Any, *args: Any, **options: Any) -> Any:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         if isinstance(cause, InputError):
             raise cause from error
-        raise InputError(f"cannot open the data {source}: {_first_line(cause or error)}") from error
+        raise InputError(f"{source} cannot be opened: {_first_line(cause or error)}") from error
     finally:
         set_verbosity(verbosity)
 
@@ -352,7 +357,10 @@ def _json_whole(file: Path, first: int, text: str) -> Iterator[tuple[str, dict[s
 
 def _parsed(text: str) -> Any:
     # NaN and the infinities are no JSON, but Python and pandas write them: no value.
-    return json.loads(text, parse_constant=lambda _: None)
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deep", text, 0) from error
 
 
 def _broken(file: Path, number: int, error: json.JSONDecodeError) -> InputError:

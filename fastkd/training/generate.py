@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from fastkd.recipes import generate as written
 from fastkd.training.data import load_rows
 from fastkd.training.encode import ANSWERS, CHATS, IGNORED, QUESTIONS, Encoder, Prompts
 from fastkd.training.errors import InputError, one_line
-from fastkd.training.models import check_models, open_teachers, open_tokenizer
+from fastkd.training.models import check_models, longest, open_teachers, open_tokenizer
 from fastkd.training.outputs import write
-from fastkd.training.settings import DataSettings, GenerateSettings, ModelSettings
+from fastkd.training.settings import LENGTH, DataSettings, GenerateSettings, ModelSettings
 
 # The column of an answer, by the question's.
 ANSWER_TO = {"prompt": "completion", "instruction": "output", "query": "response"}
@@ -58,6 +60,7 @@ def generate(settings: GenerateSettings) -> int:
     _check(settings)
     output = Path(settings.output)
     disable_progress_bars()
+    disable_progress_bar()
     sources = [load_rows(x, settings.data_split, settings.data_name) for x in settings.data]
     models = ModelSettings(
         student=settings.teacher,
@@ -67,9 +70,9 @@ def generate(settings: GenerateSettings) -> int:
         trust_remote_code=settings.trust_remote_code,
     )
     tokenizer, *_ = open_tokenizer(models)
-    length = settings.max_prompt_length + settings.max_new_tokens
-    for text in check_models(models, DataSettings(max_length=length)):
-        print(text)
+    length = _prompt_length(settings, models)
+    settings = dataclasses.replace(settings, max_prompt_length=length)
+    check_models(models, DataSettings(max_length=2))
     prompts = [p for rows in sources for p in prompts_of(rows, tokenizer, settings)]
     prompts = prompts[: settings.limit]
     done = _begin(settings, output, prompts)
@@ -77,24 +80,48 @@ def generate(settings: GenerateSettings) -> int:
     (teacher,) = open_teachers(models)
     sampling = {"top_p": settings.top_p} if settings.top_p < 1 else {}
     sampling |= {"top_k": settings.top_k} if settings.top_k else {}
-    answers = written(
-        teacher,
-        tokenizer,
-        [prompt.ids for prompt in prompts],
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        start=done,
-        **(sampling if settings.temperature else {}),
-    )
+    try:
+        answers = written(
+            teacher,
+            tokenizer,
+            [prompt.ids for prompt in prompts],
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            start=done,
+            **(sampling if settings.temperature else {}),
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    longest = 0
     with output.open("a", encoding="utf-8") as file:
         for i, text in tqdm(answers, total=len(prompts), initial=done, desc=output.name):
             file.write(json.dumps(prompts[i].answered(text), ensure_ascii=False) + "\n")
             file.flush()
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            longest += len(ids) >= settings.max_new_tokens
+    if longest:
+        print(
+            f"{longest:,} answers have all of the {settings.max_new_tokens} tokens that"
+            " max_new_tokens allows: they may end in the middle"
+        )
     print(f"The answers are in {output}. To distil on them:")
     print(f"    fastkd distill --data {output} --teacher {settings.teacher} --student … --output …")
     return len(prompts)
+
+
+def _prompt_length(settings: GenerateSettings, models: ModelSettings) -> int:
+    """The longest prompt, in tokens; with the answer it fits the model's positions."""
+    positions = longest(models, sys.maxsize)
+    room = positions - settings.max_new_tokens
+    if room < (settings.max_prompt_length or 1):
+        raise InputError(
+            f"the teacher {settings.teacher} has {positions:,} positions, too few for"
+            f" --max_prompt_length {settings.max_prompt_length or 1} and --max_new_tokens"
+            f" {settings.max_new_tokens}"
+        )
+    return settings.max_prompt_length or min(room, LENGTH)
 
 
 def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> list[Prompt]:
@@ -163,7 +190,8 @@ def _check(settings: GenerateSettings) -> None:
         if not getattr(settings, name):
             raise InputError(f"--{name} is missing")
     for name in ("batch_size", "max_prompt_length", "max_new_tokens"):
-        if getattr(settings, name) < 1:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise InputError(f"{name} must be positive, got {getattr(settings, name)}")
     if settings.limit is not None and settings.limit < 1:
         raise InputError(f"limit must be positive, got {settings.limit}")

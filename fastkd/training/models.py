@@ -36,7 +36,7 @@ from fastkd.recipes.lm import looks_ahead
 from fastkd.training import adapters, cut
 from fastkd.training.errors import InputError
 from fastkd.training.places import Place, find
-from fastkd.training.settings import DataSettings, ModelSettings
+from fastkd.training.settings import LENGTH, DataSettings, ModelSettings
 from fastkd.training.vocabularies import check_tokenizer, same_tokens
 from fastkd.training.weights import check_numbers, check_report
 
@@ -92,7 +92,8 @@ def check_models(models: ModelSettings, data: DataSettings, training: Any = None
     student, teachers = _places(models)
     _check_adapters(models, student, teachers)
     own_text = (data.student_prompt_template, data.teacher_prompt_template) != (None, None)
-    teachers_length = (data.max_teacher_length if own_text else None) or data.max_length
+    students_length = data.max_length or LENGTH
+    teachers_length = (data.max_teacher_length if own_text else None) or students_length
     remarks = []
     for place in (student, *teachers):
         config = _config(place, models)
@@ -101,7 +102,7 @@ def check_models(models: ModelSettings, data: DataSettings, training: Any = None
             _check_trainable(place, config, models)
         elif _quantised(config) == "bitsandbytes":
             _need(place, "bitsandbytes")
-        length = data.max_length if place.side == "student" else teachers_length
+        length = students_length if place.side == "student" else teachers_length
         flag = "max_teacher_length" if own_text and place.side != "student" else "max_length"
         skeleton = _skeleton(place, config, models)
         remarks += _check_length(place, skeleton, length, flag)
@@ -110,6 +111,17 @@ def check_models(models: ModelSettings, data: DataSettings, training: Any = None
     if training is not None:
         _check_precision(student, models, training)
     return remarks
+
+
+def longest(models: ModelSettings, most: int = LENGTH, student_only: bool = False) -> int:
+    """For sequences of how many tokens all models were made; `most`, if that is fewer. Opens no
+    weights."""
+    student, teachers = _places(models)
+    found = [most]
+    for place in (student,) if student_only else (student, *teachers):
+        known, limit = _positions(_skeleton(place, _config(place, models), models))
+        found += [x for x in (known, limit) if x is not None and x > 0]
+    return min(found)
 
 
 def open_student(models: ModelSettings) -> nn.Module:
@@ -370,12 +382,7 @@ def _options(models: ModelSettings) -> dict[str, Any]:
 
 def _check_length(place: Place, model: nn.Module, length: int, flag: str) -> list[str]:
     """Sequences against positions; a table of them is the limit, rotations are not."""
-    config = model.config.get_text_config()
-    if config.model_type == "mpt":
-        known = limit = config.max_seq_len  # its biases are made for as many
-    else:
-        known = getattr(config, "max_position_embeddings", None)
-        limit = None if known is None else _table(model, known)
+    known, limit = _positions(model)
     if limit is not None and length > limit:
         raise place.refuse(
             f"it has {limit:,} positions, so sequences of {length:,} tokens do not fit: --{flag}"
@@ -387,6 +394,15 @@ def _check_length(place: Place, model: nn.Module, length: int, flag: str) -> lis
             f" and --{flag} is {length:,}"
         ]
     return []
+
+
+def _positions(model: nn.Module) -> tuple[int | None, int | None]:
+    """For how many positions a model was made, and how many it can have at most."""
+    config = model.config.get_text_config()
+    if config.model_type == "mpt":
+        return config.max_seq_len, config.max_seq_len  # its biases are made for as many
+    known = getattr(config, "max_position_embeddings", None)
+    return known, None if known is None else _table(model, known)
 
 
 def _table(model: nn.Module, known: int) -> int | None:

@@ -7,14 +7,17 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from transformers import EarlyStoppingCallback
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 from fastkd.integrations.transformers import DistillationTrainer
 from fastkd.recipes import LM, Batch, OnPolicy, evaluate
@@ -23,15 +26,17 @@ from fastkd.training.build import check_settings, make_objective
 from fastkd.training.config import Config
 from fastkd.training.curves import draw
 from fastkd.training.data import Read, collator, keeps_documents_apart, open_data
-from fastkd.training.errors import InputError
+from fastkd.training.errors import InputError, one_line
 from fastkd.training.models import (
     check_models,
     describe,
+    longest,
     open_student,
     open_teachers,
     open_tokenizer,
 )
 from fastkd.training.outputs import Folder, is_complete, read_record
+from fastkd.training.settings import LENGTH, DataSettings, ModelSettings
 from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
 
 # What a run that goes on must agree with: of `TrainingArguments` these, of our own all but those.
@@ -46,7 +51,14 @@ MAY_CHANGE = (
     "overwrite", "resume", "save_minutes", "early_stopping_patience", "eval_data", "logits",
     "attn_implementation",
 )  # fmt: skip
-LENGTH = ("max_steps", "num_train_epochs")  # may change too, and is said
+EXTENT = ("max_steps", "num_train_epochs")  # may change too, and is said
+
+
+# Of `TrainingArguments`.
+NOT_NEGATIVE = (
+    "learning_rate", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "logging_steps",
+)  # fmt: skip
+LOWER_IS_BETTER = ("loss", "perplexity", "kl")  # of what an evaluation measures
 
 
 class Run(NamedTuple):
@@ -103,52 +115,29 @@ def _copy(config: Config) -> Config:
 
 def train(config: Config) -> Run:
     """One stage."""
-    models, data, loss, run, args, _ = config
+    disable_progress_bar()  # of files being opened; the training's own is not one of these
+    run, args = config.run, config.training
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # or torch warns that there is no GPU
     say = print if args.process_index == 0 else _silent
     _check(config)
     resume = run.resume or args.resume_from_checkpoint is not None
     folder = Folder(args.output_dir, run.overwrite, resume)
     checkpoint = _checkpoint(folder, config)
 
-    tokenizer, vocab, sizes = open_tokenizer(models)
-    for text in check_models(models, data, args):
-        say(text)
-    read = _read(config, tokenizer, sizes, data.packing)
-    student, teachers = open_student(models), open_teachers(models)
-    packed = "position_ids" in read.train.column_names
-    if packed and not all(map(keeps_documents_apart, (student, *teachers))):
-        say("packing is off: a model lets packed documents see each other")
-        read = _read(config, tokenizer, sizes, False)
-    for text in (*read.report, *describe(student, teachers)):
-        say(text)
-
+    opened = _open(config, say)
+    config, read = opened.config, opened.read
     about = _about(config, read.train)
     if checkpoint is not None:
         _check_same(checkpoint, about, say)
     elif resume:
         say(f"nothing to go on from in {folder.path}: starting")
     _set_evaluation(config, read, checkpoint)
-    interrupt = Interrupt(run.save_minutes)
-    trainer = FolderTrainer(
-        model=student,
-        args=args,
-        teacher_model=teachers or None,
-        teacher_weights=models.teacher_weight or None,
-        teacher_mode=models.teacher_mode,
-        objective=make_objective(loss, vocab, student, teachers),
-        logits=models.logits,
-        train_dataset=read.train,
-        eval_dataset=read.held_out,
-        data_collator=collator(tokenizer, models.task, data.mlm_probability),
-        processing_class=tokenizer,
-        callbacks=[interrupt, Log(folder), *_early_stopping(run)],
-        folder=folder,
-        about=about,
-        rewrite=_on_policy(config, student, tokenizer),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    progress = Progress()
+    interrupt, progress = Interrupt(run.save_minutes), Progress()
+    callbacks = [interrupt, Log(folder)]
+    if run.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(run.early_stopping_patience))
+    trainer = _make_trainer(opened, folder, about, callbacks)
     if not args.disable_tqdm:
         trainer.add_callback(progress)
     trainer.accelerator.wait_for_everyone()
@@ -157,26 +146,89 @@ def train(config: Config) -> Run:
         config.save(folder.own("fastkd.yaml"))
     trainer.accelerator.wait_for_everyone()
     if read.held_out is not None and checkpoint is None:
-        for i, perplexity in enumerate(_perplexities(trainer, teachers)):
-            which = f" {i + 1}" if len(teachers) > 1 else ""
+        for i, perplexity in enumerate(_perplexities(trainer, opened.teachers)):
+            which = f" {i + 1}" if len(opened.teachers) > 1 else ""
             say(f"held out: the teacher{which} has a perplexity of {perplexity:.4g}")
 
     with interrupt, closing(progress):
-        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except ImportError as error:  # of an optimizer, say: what a setting needs
+            raise InputError(one_line(error)) from error
     state = trainer.state
+    stopped = f"stopped at step {state.global_step} of {state.max_steps}"
     if interrupt.interrupted and state.global_step < state.max_steps:
-        say(
-            f"stopped at step {state.global_step} of {state.max_steps}, and saved there; the same"
-            " command with --resume goes on"
-        )
+        say(f"{stopped}, and saved there; the same command with --resume goes on")
         return Run(folder.path, {}, points(state.log_history), _seconds(result), True)
+    if state.global_step < state.max_steps:
+        say(f"{stopped}: {run.early_stopping_patience} evaluations in a row were no better")
     trainer.check_finite()
     return _finish(trainer, folder, result, say)
 
 
+class Opened(NamedTuple):
+    """What a run needs of files, and its settings with the length of sequences."""
+
+    config: Config
+    tokenizer: Any
+    vocab: str
+    read: Read
+    student: nn.Module
+    teachers: list[nn.Module]
+
+
+def _open(config: Config, say: Callable) -> Opened:
+    """Models and data, after what can be checked without them."""
+    models = config.models
+    tokenizer, vocab, sizes = open_tokenizer(models)
+    if config.data.max_length is None:
+        config = config._replace(data=_with_length(models, config.data, say))
+    for text in check_models(models, config.data, config.training):
+        say(text)
+    read = _read(config, tokenizer, sizes, config.data.packing)
+    student, teachers = open_student(models), open_teachers(models)
+    packed = "position_ids" in read.train.column_names
+    if packed and not all(map(keeps_documents_apart, (student, *teachers))):
+        say("packing is off: a model lets packed documents see each other")
+        read = _read(config, tokenizer, sizes, False)
+    for text in (*read.report, *describe(student, teachers)):
+        say(text)
+    return Opened(config, tokenizer, vocab, read, student, teachers)
+
+
+def _make_trainer(
+    opened: Opened, folder: Folder, about: dict[str, Any], callbacks: list[TrainerCallback]
+) -> FolderTrainer:
+    config, tokenizer, vocab, read, student, teachers = opened
+    models = config.models
+    try:
+        trainer = FolderTrainer(
+            model=student,
+            args=config.training,
+            teacher_model=teachers or None,
+            teacher_weights=models.teacher_weight or None,
+            teacher_mode=models.teacher_mode,
+            objective=make_objective(config.loss, vocab, student, teachers),
+            logits=models.logits,
+            train_dataset=read.train,
+            eval_dataset=read.held_out,
+            data_collator=collator(tokenizer, models.task, config.data.mlm_probability),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            folder=folder,
+            about=about,
+            rewrite=_on_policy(config, student, tokenizer),
+        )
+    except (ValueError, ImportError, OSError) as error:  # settings, packages, the hub
+        raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def _check(config: Config) -> None:
     """What can be seen to be wrong without opening a file."""
-    models, data, loss, _, args, _ = config
+    models, data, loss, run, args, _ = config
     check_settings(models, loss)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != args.world_size:  # each would write as if it were alone
@@ -200,11 +252,18 @@ def _check(config: Config) -> None:
     ):  # fmt: skip
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be positive, got {getattr(args, name)}")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps", "eval_steps"):
-        value = getattr(args, name) or 0
+    for part, name in (
+        *((args, name) for name in NOT_NEGATIVE),
+        (run, "save_minutes"),
+        (run, "early_stopping_patience"),
+    ):
+        value = getattr(part, name) or 0
         if not (value >= 0 and math.isfinite(value)):
             raise InputError(f"{name} must not be negative, got {value}")
-    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise InputError(f"{name} must be in [0, 2^32), got {getattr(args, name)}")
+    if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < math.inf):
         raise InputError(
             f"nothing to train: max_steps is {args.max_steps}, epochs is {args.num_train_epochs}"
         )
@@ -214,6 +273,20 @@ def _check(config: Config) -> None:
         raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
     if loss.on_policy and data.teacher_prompt_template is not None:
         raise InputError("on_policy and teacher_prompt_template do not go together")
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()  # looks for its package
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"--report_to: {one_line(error)}") from error
+
+
+def _with_length(models: ModelSettings, data: DataSettings, say: Callable) -> DataSettings:
+    """`max_length`, where nobody has named it."""
+    own = data.teacher_prompt_template is not None and data.max_teacher_length is not None
+    length = longest(models, student_only=own)
+    if length < LENGTH:
+        say(f"sequences are cut to {length:,} tokens: the models have no more positions")
+    return dataclasses.replace(data, max_length=length)
 
 
 def _read(config: Config, tokenizer: Any, sizes: Any, pack: bool) -> Read:
@@ -221,7 +294,12 @@ def _read(config: Config, tokenizer: Any, sizes: Any, pack: bool) -> Read:
     data = dataclasses.replace(config.data, packing=pack)
     with config.training.main_process_first(desc="reading the data"):
         return open_data(
-            data, tokenizer, seed=config.training.seed, vocab_size=min(sizes), pack=pack
+            data,
+            tokenizer,
+            seed=config.training.seed,
+            vocab_size=min(sizes),
+            pack=pack,
+            task=config.models.task,
         )
 
 
@@ -230,22 +308,29 @@ def _checkpoint(folder: Folder, config: Config) -> Path | None:
     name = config.training.resume_from_checkpoint
     if name is None or name in ("last", "true", "True"):
         found = folder.newest() if folder.goes_on else None
-        if found is None and name is not None:
-            raise InputError(f"{folder.path} has no complete checkpoint to go on from")
-        return found
-    path = Path(name)
-    if not path.is_dir():
-        raise InputError(f"--resume_from_checkpoint {name}: no such folder")
-    if not is_complete(path):
-        raise InputError(f"{name} is no complete checkpoint of fastkd")
-    return path
+        if found is None:
+            if name is not None:
+                raise InputError(f"{folder.path} has no complete checkpoint to go on from")
+            return None
+    else:
+        found = Path(name).expanduser()
+        if not found.is_dir():
+            raise InputError(f"--resume_from_checkpoint {name}: no such folder")
+        if not is_complete(found):
+            raise InputError(f"{name} is no complete checkpoint of fastkd")
+    if not any(found.glob("rng_state*")):
+        raise InputError(
+            f"{found} holds the model alone (--save_only_model), without the optimizer's state: a"
+            " new run may start from it: --student"
+        )
+    return found
 
 
 def _about(config: Config, rows: Dataset) -> dict[str, Any]:
     """What a run that goes on must agree with."""
     chosen = {k: x for k, x in config.ours.items() if k not in MAY_CHANGE}
     every = config.as_dict()
-    chosen |= {k: every.get(k) for k in (*DECIDES, *LENGTH)}
+    chosen |= {k: every.get(k) for k in (*DECIDES, *EXTENT)}
     return {
         "settings": chosen | {"processes": config.training.world_size},
         "data": _fingerprint(rows),
@@ -269,7 +354,7 @@ def _check_same(checkpoint: Path, about: dict[str, Any], say: Any) -> None:
     before, now = read_record(checkpoint), about["settings"]
     was = before["settings"]
     changed = [k for k in now if now[k] != was.get(k)]
-    refused = [f"{k} was {was.get(k)}, is {now[k]}" for k in changed if k not in LENGTH]
+    refused = [f"{k} was {was.get(k)}, is {now[k]}" for k in changed if k not in EXTENT]
     if refused:
         raise InputError(
             f"{checkpoint} cannot go on with other settings: {'; '.join(refused)}. A new run may"
@@ -291,6 +376,7 @@ def _set_evaluation(config: Config, read: Read, checkpoint: Path | None) -> None
         for wanted, what in (
             (args.load_best_model_at_end, "load_best_model_at_end"),
             (config.run.early_stopping_patience, "early_stopping_patience"),
+            (args.save_strategy == "best", "save_strategy best"),
         ):
             if wanted:
                 raise InputError(f"{what} needs held-out data: --eval_data, or --eval_fraction")
@@ -300,14 +386,13 @@ def _set_evaluation(config: Config, read: Read, checkpoint: Path | None) -> None
     if config.run.early_stopping_patience:
         if args.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations: --eval_steps")
-        args.metric_for_best_model = args.metric_for_best_model or "loss"
-        if args.greater_is_better is None:
-            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
-
-
-def _early_stopping(run: Any) -> Iterator[EarlyStoppingCallback]:
-    if run.early_stopping_patience:
-        yield EarlyStoppingCallback(run.early_stopping_patience)
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    measured = ["loss", "perplexity", *(["kl", "top1_agreement"] if config.models.teacher else [])]
+    if metric not in measured:
+        raise InputError(f"metric_for_best_model is {metric}; known: {', '.join(measured)}")
+    args.metric_for_best_model = metric
+    if "greater_is_better" not in config.given:
+        args.greater_is_better = metric not in LOWER_IS_BETTER
 
 
 def _on_policy(config: Config, student: Any, tokenizer: Any) -> OnPolicy | None:

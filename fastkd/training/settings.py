@@ -14,6 +14,8 @@ FORMATS = (
     " input_ids (+ labels)"
 )
 
+LENGTH = 1024  # tokens of a sequence, or of a prompt, where nothing is said
+
 
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -94,7 +96,11 @@ class DataSettings:
     eval_fraction: float = _flag(
         0.02, "Part of the usable rows held out when there is no --eval_data; 0: no evaluation."
     )
-    max_length: int = _flag(1024, "Tokens per sequence; longer ones are cut.")
+    max_length: int | None = _flag(
+        None,
+        "Tokens per sequence; longer ones are cut. Default: 1024, or the models' positions if these"
+        " are fewer.",
+    )
     packing: bool = _flag(
         True,
         "Pack the documents of `text` data into sequences of max_length; they do not see each"
@@ -189,7 +195,11 @@ class GenerateSettings:
     )
     limit: int | None = _flag(None, "Only the first so many prompts.")
     batch_size: int = _flag(8, "Prompts at a time.")
-    max_prompt_length: int = _flag(1024, "Longer prompts are left out, and counted.")
+    max_prompt_length: int | None = _flag(
+        None,
+        "Longer prompts are left out, and counted. Default: 1024, or what the model's positions"
+        " leave beside the answer.",
+    )
     max_new_tokens: int = _flag(256, "Longest answer, in tokens.")
     temperature: float = _flag(1.0, "Of the sampling; 0: the likeliest token always.")
     top_p: float = _flag(1.0, "Sample of the likeliest tokens that hold this much.")

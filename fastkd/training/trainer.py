@@ -34,6 +34,8 @@ class FolderTrainer(DistillationTrainer):
     def __init__(self, *args, folder: Folder, about: dict[str, Any], **kwargs):
         super().__init__(*args, **kwargs)
         self.folder, self.about = folder, about
+        # The folder drops checkpoints; Trainer would drop what only looks like one.
+        self.most, self.args.save_total_limit = self.args.save_total_limit, None
         self._writes_to: str | None = None
         self._tokens, self._since = 0, time.perf_counter()  # since the last line of the log
         self._not_finite_since = torch.tensor(math.inf, device=self.args.device)
@@ -56,23 +58,30 @@ class FolderTrainer(DistillationTrainer):
             self._tokens, self._since = 0, now
         super().log(logs, *args, **kwargs)
 
+    def _determine_best_metric(self, metrics, trial):
+        found = super()._determine_best_metric(metrics, trial)
+        # The best one is there to be loaded, whatever step it is of.
+        self.control.should_save |= found and self.args.load_best_model_at_end
+        return found
+
     def _save_checkpoint(self, model, trial):
         self.check_finite()
-        step, best = self.state.global_step, self.state.best_global_step
-        if best:
-            self.state.best_model_checkpoint = str(self.folder.path / f"checkpoint-{best}")
+        state, before = self.state, self.state.best_model_checkpoint
+        made = self.folder.partial / f"checkpoint-{state.global_step}"
         self._writes_to = str(self.folder.partial)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writes_to = None
+        best = self.folder.path / f"checkpoint-{state.best_global_step}"
+        found = best.is_dir() or best.name == made.name
+        state.best_model_checkpoint = str(best) if found else before
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            state.save_to_json(str(made / "trainer_state.json"))  # it named the folder beside
             # Trainer's own settings, as a pickle that nothing reads.
-            (self.folder.partial / f"checkpoint-{step}" / "training_args.bin").unlink(True)
-            self.folder.keep(
-                step, self.about, self.args.save_total_limit, self.state.best_model_checkpoint
-            )
+            (made / "training_args.bin").unlink(True)
+            self.folder.keep(state.global_step, self.about, self.most, state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -148,10 +157,16 @@ class Log(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         # A line averages over the steps since the one before: a resumed run begins a new one at its
-        # checkpoint, and so must one that is not interrupted.
-        control.should_log |= control.should_save
+        # checkpoint, and so must one that is not interrupted. An evaluation may lead to one.
+        best = control.should_evaluate and args.load_best_model_at_end
+        control.should_log |= control.should_save or best
+
+    on_epoch_end = on_step_end
 
     def on_train_begin(self, args, state, control, **kwargs):
+        best = self.folder.path / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():  # the folder was moved
+            state.best_model_checkpoint = str(best)
         if state.is_world_process_zero:
             self.folder.text("log.jsonl", "".join(map(line, points(state.log_history))))
 
@@ -188,18 +203,18 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs or SUMMARY in logs:
             return
-        row = {NAMES.get(k, k): x for k, x in logs.items()}
+        row, place = {NAMES.get(k, k): x for k, x in logs.items()}, ""
         if "loss" in row:
             shown = {k: row[k] for k in COLUMNS if k in row}
         else:
+            place = "held out  "
             shown = {
                 k.removeprefix("eval_"): x
                 for k, x in row.items()
                 if k.startswith("eval_") and k.split("_")[-1] not in ("runtime", "second")
             }
         text = "  ".join(f"{SCREEN.get(k, k)} {x:.4g}" for k, x in shown.items())
-        where = "" if "loss" in row else "held out: "
-        self.training_bar.write(f"{where}step {state.global_step}  {text}")
+        self.training_bar.write(f"step {state.global_step}  {place}{text}")
 
 
 SCREEN = {"top1_agreement": "agreement", "perplexity": "ppl"}

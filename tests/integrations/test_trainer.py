@@ -40,9 +40,9 @@ from transformers import (
 )
 
 from fastkd import kd_loss
+from fastkd.integrations.teachers import moved
 from fastkd.integrations.transformers import DistillationMixin, DistillationTrainer
-from fastkd.recipes import LM, Distil, Hidden, Linear, OnPolicy, Plus
-from fastkd.recipes.lm import looks_ahead
+from fastkd.recipes import LM, Distil, Hidden, Linear, OnPolicy, Outputs, Plus
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_two_processes(tmp_path):
         [*launch, script], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 17, done.stdout
+    assert done.stdout.count("ok ") == 18, done.stdout
 
 
 def test_the_log_is_of_its_window(tmp_path):
@@ -274,10 +274,6 @@ def test_refused_models(tmp_path):
 
 
 def test_a_causal_head_that_looks_ahead_is_refused(tmp_path):
-    try:
-        looks_ahead(tiny(0))
-    except NotImplementedError:
-        pytest.skip("fastkd.recipes.lm.looks_ahead is to come")
     config = BertConfig(
         vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2,
@@ -441,6 +437,25 @@ def test_resumed_is_the_same(tmp_path, logits):
     assert torch.equal(flat(whole.objective), flat(resumed.objective))
     assert not torch.equal(flat(whole.objective), flat(Projected()))
     assert whole.state.log_history[:4][-1]["kd"] == resumed.state.log_history[:4][-1]["kd"]
+
+
+def test_a_checkpoint_without_the_objectives_state_is_refused(tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    trainer_of(tmp_path, arguments=settings).train()
+    trainer = trainer_of(tmp_path, arguments=settings | dict(max_steps=2), objective=Projected())
+    with pytest.raises(ValueError, match="checkpoint-1 has no objective.safetensors, .* Projected"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_answers_travel_between_devices():
+    """Of a teacher elsewhere; the head's weight too."""
+    batch, there = batch_of(rows()), torch.device("meta")
+    for logits in ("auto", "whole"):
+        says = Outputs(*moved(LM(tiny(1).requires_grad_(False), logits)(batch, True), there))
+        assert isinstance(says.logits, torch.Tensor) == (logits == "whole")
+        assert says.logits.device == getattr(says.logits, "weight", says.logits).device == there
+        assert all(x.device == there for x in says.hidden_states)
+    assert moved(batch, there)["labels"].device == there
 
 
 @pytest.mark.parametrize(

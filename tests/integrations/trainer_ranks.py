@@ -22,7 +22,7 @@ from trainer_truth import (
     trainer_of,
     truth,
 )
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Gemma3Config
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Gemma3Config, Trainer
 
 from fastkd.recipes import LM, Hidden
 
@@ -67,6 +67,29 @@ def steps(folder, sharding):
         close(line, expected, ("loss", "kd", "ce", "top1_agreement", "grad_norm"))
         for model in (trainer.model, trainer.teacher.model):
             assert isinstance(next(model.parameters()), DTensor) == bool(sharding)
+
+
+def sharded_by_transformers(folder, sharding):
+    """A student that was sharded as it was opened, and a teacher that was not."""
+    if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
+        return  # transformers before 5.24 leaves that to accelerate
+    from transformers.distributed import DistributedConfig
+
+    student = tiny(0)
+    expected = truth(student, tiny(1), rows())
+    expected["grad_norm"] = norm(student).item()
+    path = [folder]
+    dist.broadcast_object_list(path)
+    if dist.get_rank() == 0:
+        tiny(0).save_pretrained(folder)
+    dist.barrier()
+    student = AutoModelForCausalLM.from_pretrained(
+        *path, distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    assert isinstance(next(student.parameters()), DTensor)
+    cut = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    _, line = trained(folder, arguments=cut, model=student)
+    close(line, expected, ("loss", "kd", "ce", "top1_agreement", "grad_norm"))
 
 
 def own_means(folder, sharding):
@@ -207,11 +230,11 @@ def adapter(folder, sharding):
 
 def main():
     cases = [
-        (steps, {}), (steps, FSDP2), (own_means, {}), (own_means, FSDP2), (without_target, {}),
-        (without_target, FSDP2), (evaluation, {}), (evaluation, FSDP2), (flattened, {}),
+        (steps, {}), (steps, FSDP2), (sharded_by_transformers, {}),
+        (own_means, {}), (own_means, FSDP2), (without_target, {}), (without_target, FSDP2),
+        (evaluation, {}), (evaluation, FSDP2), (flattened, {}), (another_prompt, {}),
         (objective_that_learns, {}), (refused_objective, FSDP2), (hidden_states_alone, {}),
-        (another_prompt, {}), (unused_parameters, {}),
-        (unused_parameters, FSDP2), (adapter, {}), (adapter, FSDP2),
+        (unused_parameters, {}), (unused_parameters, FSDP2), (adapter, {}), (adapter, FSDP2),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for case, sharding in cases:

@@ -201,6 +201,8 @@ def test_unusable_rows_are_counted_by_reason(capsys):
         InputError, match="none of the 2 rows has .*: no response; `fastkd generate`"
     ):
         encoded(rows[2:5:2])
+    with pytest.raises(InputError, match="there are no rows"):
+        encoded(Dataset.from_list(rows).select([]))
     with pytest.raises(InputError, match="no turn of the assistant to learn; `fastkd generate`"):
         encoded([{"messages": [user("q")]}], by_bytes(CHAT))
 

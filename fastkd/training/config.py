@@ -65,9 +65,7 @@ class Config(NamedTuple):
     def save(self, path: Path) -> None:
         """Write what was given as a `--config` file."""
         settings = {
-            name: [yaml.safe_load(x) for x in values]
-            if len(values) != 1
-            else yaml.safe_load(*values)
+            name: [_plain(x) for x in values] if len(values) != 1 else _plain(*values)
             for name, values in self.given.items()
         }
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -191,6 +189,15 @@ def _file(path: str, known: dict[str, Action]) -> dict[str, list[str]]:
         if value is not None and value != []:
             found[name] = _texts(value)
     return found
+
+
+def _plain(text: str) -> Any:
+    """A flag's text as a value of YAML: a number, where it is read back as this text."""
+    with contextlib.suppress(yaml.YAMLError):
+        value = yaml.safe_load(text)
+        if _texts(value) == [text]:
+            return value
+    return text  # of "{input}" YAML would make a mapping
 
 
 def _texts(value: Any) -> list[str]:

@@ -84,6 +84,18 @@ def test_a_file_of_settings(tmp_path):
         parse(["--config", str(file)])
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{input}", "{prompt} {input}", "Q: {input}", "[x]", "007", "1_000", "null", "2020-01-01", "#"],
+)
+def test_texts_that_yaml_would_take_for_something_else(tmp_path, text):
+    config = parse(["--teacher_prompt_template", text, "--data", text, "--output", text])
+    file = tmp_path / "c.yaml"
+    config.save(file)
+    again = parse(["--config", str(file)])
+    assert again.data.teacher_prompt_template == text and again.as_dict() == config.as_dict()
+
+
 def test_lines_over_the_training():
     line = make_number("temperature", "4..1")
     assert [line(x) for x in (0.0, 0.5, 1.0)] == [4, 2.5, 1]

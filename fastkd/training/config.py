@@ -32,6 +32,8 @@ from fastkd.training.settings import (
 
 # Of `TrainingArguments`: what is this process's own, or a secret.
 UNSAVED = ("local_rank", "hub_token", "do_train", "do_eval", "do_predict")
+# Not in the file that a run leaves: who copies it would overwrite unasked.
+OF_ONE_CALL = ("overwrite", "resume", "resume_from_checkpoint")
 OPTIMIZERS = {"adamw": "adamw_torch"}
 STRATEGIES = {"eval_steps": "eval_strategy", "save_steps": "save_strategy"}
 
@@ -63,10 +65,11 @@ class Config(NamedTuple):
         return self.ours | {k: x for k, x in training.items() if k in known}
 
     def save(self, path: Path) -> None:
-        """Write what was given as a `--config` file."""
+        """Write what was given as a `--config` file, but what is said of one call alone."""
         settings = {
-            name: [_plain(x) for x in values] if len(values) != 1 else _plain(*values)
+            name: [_plain(x) for x in values] if len(values) > 1 else _plain(*values or ["true"])
             for name, values in self.given.items()
+            if name not in OF_ONE_CALL
         }
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         path.write_text(text, encoding="utf-8")

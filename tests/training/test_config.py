@@ -96,6 +96,15 @@ def test_texts_that_yaml_would_take_for_something_else(tmp_path, text):
     assert again.data.teacher_prompt_template == text and again.as_dict() == config.as_dict()
 
 
+def test_a_saved_file_has_switches_and_does_not_overwrite(tmp_path):
+    given = ["--load_in_4bit", "--no_packing", "--load_best_model_at_end", "--overwrite"]
+    file = tmp_path / "c.yaml"
+    parse([*given, "--resume"]).save(file)
+    again = parse(["--config", str(file)])
+    assert again.models.load_in_4bit and again.training.load_best_model_at_end
+    assert not (again.data.packing or again.run.overwrite or again.run.resume)
+
+
 def test_lines_over_the_training():
     line = make_number("temperature", "4..1")
     assert [line(x) for x in (0.0, 0.5, 1.0)] == [4, 2.5, 1]

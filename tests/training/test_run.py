@@ -296,3 +296,10 @@ def test_two_processes_make_the_steps_of_one(settings, tmp_path, fsdp):
         for name in row:
             assert row[name] == pytest.approx(other[name], rel=1e-4), name
     assert json.loads((tmp_path / "two" / "fastkd.json").read_text())["finished"]
+
+
+def test_checkpoints_by_the_clock(settings, tmp_path):
+    settings |= dict(save_minutes=1e-6, save_steps=100, save_total_limit=2)
+    assert run(**settings) == 0
+    found = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert found == {"checkpoint-3", "checkpoint-4"}

@@ -13,7 +13,7 @@ import fastkd
 from fastkd.training import settings
 from fastkd.training.errors import InputError
 
-NEEDED = ("accelerate", "datasets", "tqdm", "transformers", "yaml")
+NEEDED = ("accelerate", "datasets", "jinja2", "matplotlib", "tqdm", "transformers", "yaml")
 USAGE = """\
 usage: fastkd distill
            a demonstration on this machine's CPU: a small student with and

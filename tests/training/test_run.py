@@ -81,6 +81,7 @@ def test_the_output_is_a_model_a_log_and_its_settings(settings, tmp_path, capsys
 
 
 def test_a_run_needs_a_folder_of_its_own(settings, tmp_path, capsys):
+    pytest.importorskip("peft")
     assert run(**settings) == 0
     assert run(**settings) == 2
     assert "holds an earlier run" in said(capsys)
@@ -94,6 +95,8 @@ def test_a_run_needs_a_folder_of_its_own(settings, tmp_path, capsys):
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(settings, tmp_path, lora):
     """In the middle of an epoch and after it; dropout draws from the random state."""
+    if lora:
+        pytest.importorskip("peft")
     settings["student"] = write_model(tmp_path / "dropout", 0, attention_dropout=0.1)
     settings |= dict(
         batch_size=4, gradient_accumulation_steps=2, max_steps=7, save_steps=2, lora_r=lora,
@@ -123,6 +126,8 @@ def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(settings, tmp_p
     ],
 )
 def test_another_loss_does_not_go_on(settings, capsys, change, words):
+    if "lora_r" in change:
+        pytest.importorskip("peft")
     settings |= dict(save_steps=2, max_steps=2)
     assert run(**settings) == 0
     assert run("--resume", **settings | change) == 2
@@ -237,8 +242,7 @@ def test_the_last_finite_checkpoint_stays(settings, tmp_path, capsys, monkeypatc
 
 
 def test_checkpoints_of_adapters_are_adapters(settings, tmp_path):
-    import peft
-
+    peft = pytest.importorskip("peft")
     assert run(**settings | dict(lora_r=2, save_steps=4)) == 0
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
         model = peft.AutoPeftModelForCausalLM.from_pretrained(folder)

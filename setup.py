@@ -5,13 +5,21 @@ from setuptools import find_packages, setup
 setup(
     name="fastkd",
     version="0.1.0",
-    description="Fused knowledge-distillation losses over huge vocabularies, with exact gradients",
+    description="Knowledge distillation of language models: fused losses over huge vocabularies,"
+    " with exact gradients, for the trainers that people have and as a command",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The fastkd authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["knowledge distillation", "language models", "pytorch", "triton"],
+    keywords=[
+        "knowledge distillation",
+        "language models",
+        "pytorch",
+        "triton",
+        "transformers",
+        "trl",
+    ],
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

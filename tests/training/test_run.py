@@ -80,6 +80,37 @@ def test_the_output_is_a_model_a_log_and_its_settings(settings, tmp_path, capsys
     assert f'transformers.AutoModelForCausalLM.from_pretrained("{out}")' in printed
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_distilling_brings_the_student_to_the_teacher(settings, tmp_path, divergence):
+    settings |= dict(
+        max_steps=60, alpha=1, temperature=1, batch_size=8, eval_fraction=0.2, logging_steps=20,
+        eval_steps=20, learning_rate=2e-2, divergence=divergence,
+    )  # fmt: skip
+    assert run(**settings) == 0
+    scores = [row for row in log(tmp_path / "out") if "eval_kl" in row]
+    assert scores[-1]["eval_kl"] < 0.7 * scores[0]["eval_kl"]
+    assert scores[-1]["eval_top1_agreement"] > scores[0]["eval_top1_agreement"]
+
+
+def test_no_tensor_of_all_logits_is_made(settings, monkeypatch):
+    """In training and evaluation, by either model, but for the probes of a few tokens."""
+    made, linear = [], torch.nn.functional.linear
+
+    def product(*args):
+        out = linear(*args)
+        if out.shape[-1] == 64:
+            made.append(out.shape[:-1].numel())
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    settings |= dict(batch_size=8, eval_fraction=0.3, gradient_checkpointing=True)
+    assert run(**settings) == 0
+    assert len(made) <= 12 and max(made) <= 8
+    made.clear()
+    assert run("--overwrite", **settings | dict(logits="whole")) == 0
+    assert max(made) > 8 * 16
+
+
 def test_a_run_needs_a_folder_of_its_own(settings, tmp_path, capsys):
     pytest.importorskip("peft")
     assert run(**settings) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import fastkd
 from fastkd.training import settings
 from fastkd.training.errors import InputError
 
-NEEDED = ("accelerate", "datasets", "tqdm", "transformers", "yaml")
+NEEDED = ("accelerate", "datasets", "jinja2", "matplotlib", "tqdm", "transformers", "yaml")
 USAGE = """\
 usage: fastkd distill
            a demonstration on this machine's CPU: a small student with and
@@ -61,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         _complain(error)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _complain(" ".join(str(error).split()))  # no space, no permission
         return 1
     except KeyboardInterrupt:
         _complain("stopped by Ctrl-C")

@@ -70,7 +70,7 @@ def run(output: str = "fastkd-demo", steps: int = STEPS) -> dict[str, Any]:
     models[NAMES[0]]["sample"] = _sample(teacher.model, tokenizer)
     histories, taught = {}, None
     for name, (teaches, objective) in objectives.items():
-        student = LM(_fresh_student(tokenizer))
+        student = LM(_fresh_student(tokenizer, teacher.model.config.vocab_size))
         histories[name], seconds = _train(
             student, teaches, objective, (rows, held_out, tokenizer), name, steps
         )
@@ -111,13 +111,13 @@ def _encoded(texts: list[str], tokenizer: Any) -> Any:
     return encode(Dataset.from_dict({"text": texts}), tokenizer, LENGTH, packing=True)
 
 
-def _fresh_student(tokenizer: Any) -> Any:
+def _fresh_student(tokenizer: Any, entries: int) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     end = tokenizer.eos_token_id
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=entries, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=3, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=end, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -103,11 +104,28 @@ def _open(name: str, student: nn.Module, settings: dict[str, Any]) -> nn.Module:
         owner = causal_lm(student)
         kind = "Seq2SeqLM" if owner.config.is_encoder_decoder else "MaskedLM"
     auto = getattr(transformers, f"AutoModelFor{kind}")
-    model, info = auto.from_pretrained(name, output_loading_info=True, **settings)
+    with read_by_all():
+        model, info = auto.from_pretrained(name, output_loading_info=True, **settings)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{name} lacks {len(missing)} weights of the teacher, as {missing[0]}")
     return model
+
+
+@contextmanager
+def read_by_all() -> Iterator[None]:
+    """Models are opened with their weights on every process. Under FSDP's settings transformers
+    may leave them to one, which FSDP is to send them from: not so for what it does not shard."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is None:
+        yield
+        return
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 class Frozen:

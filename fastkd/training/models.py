@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from fastkd.integrations.teachers import read_by_all
 from fastkd.recipes.lm import looks_ahead
 from fastkd.training import adapters, cut
 from fastkd.training.errors import InputError
@@ -442,7 +443,7 @@ def _load(place: Place, models: ModelSettings, dtype: str, in_4bit: bool = False
             bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
         )
     try:
-        with _quiet():
+        with _quiet(), read_by_all():
             model, report = _auto(models).from_pretrained(
                 place.base,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.errors import InputError, one_line
+from fastkd.training.errors import InputError
 
 RECORD = "fastkd.json"
 PARTIAL = ".fastkd.partial"
@@ -42,7 +42,7 @@ class Folder:
         """
         self.path = Path(path)
         self._check_place()
-        self.record = read_record(self.path)
+        self.record = read_record(self.path) or (self._recovered() if resume else None)
         self.run = self.record["run"] if self.record and resume else uuid.uuid4().hex
         self.goes_on = bool(self.record) and resume
         own = self._own_files()
@@ -76,6 +76,17 @@ class Folder:
         if not os.access(above, os.W_OK | os.X_OK):
             raise InputError(f"--output {path}: cannot write to {above}")
 
+    def _recovered(self) -> dict[str, Any] | None:
+        """The record, where it is torn: its run is that of the newest complete checkpoint."""
+        if not (self.path / RECORD).exists():
+            return None
+        found = [p for p in self.path.glob("checkpoint-*") if is_complete(p)]
+        if not found:
+            return None
+        newest = max(found, key=lambda p: (p / RECORD).stat().st_mtime)
+        files = [name for name in _files(self.path) if "/" not in name and _would_clash(name)]
+        return {"run": read_checkpoint(newest)["run"], "files": files}
+
     def _own_files(self) -> set[str]:
         """Of the recorded run, relative to the folder."""
         if not self.record:
@@ -83,14 +94,21 @@ class Folder:
         own = {RECORD, *self.record["files"]}
         own |= {name for name in _files(self.path) if name.split("/")[0] == PARTIAL}
         for checkpoint in self._checkpoints(self.record["run"]):
-            made = read_record(checkpoint)["sizes"]
-            own |= {f"{checkpoint.name}/{name}" for name in (RECORD, *made)}
+            made = _recorded(checkpoint)
+            own |= {f"{checkpoint.name}/{name}" for name in made}
         return own
 
-    def begin(self) -> None:
-        """Make the folder this run's: what an earlier one wrote is removed, all else stays."""
+    def begin(self, step: int = 0) -> None:
+        """Make the folder this run's: what an earlier one wrote is removed, all else stays.
+
+        Args:
+            step: where a run goes on; its checkpoints of later ones are removed.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.goes_on:
+            for checkpoint in self._checkpoints(self.run):
+                if read_checkpoint(checkpoint)["step"] > step:
+                    _drop(checkpoint)
             self.record.pop("finished", None)
             self._write_record()
             shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
@@ -153,27 +171,25 @@ class Folder:
         sizes = {file: (made / file).stat().st_size for file in _files(made)}
         record = {"run": self.run, "step": step, "sizes": sizes} | about
         write(made / RECORD, json.dumps(record, indent=1))
+        for file in _files(made):
+            _flush(made / file)
+        if target in self._checkpoints(self.run):
+            _drop(target)
         if target.exists():
-            if not self._is_own(target):
-                raise FileExistsError(
-                    f"{target} is not this run's: checkpoint {step} stays in {made}"
-                )
-            shutil.rmtree(target)
+            print(f"{target} is not this run's, and stays: checkpoint {step} was not saved")
+            return
         made.rename(target)
         if limit:
             kept = self._checkpoints(self.run)
             spare = [p for p in kept if p.name not in (name, best and Path(best).name)]
             for old in spare[: max(0, len(kept) - limit)]:
-                shutil.rmtree(old)
-
-    def _is_own(self, checkpoint: Path) -> bool:
-        return checkpoint in self._checkpoints(self.run)
+                _drop(old)
 
     def _checkpoints(self, run: str) -> list[Path]:
         """Those of a run, complete or not, the newest last."""
         found = []
         for path in self.path.glob("checkpoint-*"):
-            record = read_record(path) if CHECKPOINT.fullmatch(path.name) else None
+            record = read_checkpoint(path) if CHECKPOINT.fullmatch(path.name) else None
             if record and record["run"] == run and path.name == f"checkpoint-{record['step']}":
                 found.append((record["step"], path))
         return [path for _, path in sorted(found)]
@@ -185,18 +201,46 @@ class Folder:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run's folder, or of a checkpoint; None where there is none."""
+    """The record of a run's folder; None where there is none."""
+    return _read(folder, {"run", "files"})
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint; None where there is none."""
+    return _read(folder, {"run", "step", "sizes"})
+
+
+def _read(folder: Path, needed: set[str]) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    needed = {"run", "step", "sizes"} if CHECKPOINT.fullmatch(folder.name) else {"run", "files"}
     return record if isinstance(record, dict) and needed <= record.keys() else None
+
+
+def _recorded(checkpoint: Path) -> list[str]:
+    """What was written as a checkpoint; the record, without which it is none, first."""
+    return [RECORD, *read_checkpoint(checkpoint)["sizes"]]
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint; what others have put into it stays."""
+    for name in _recorded(checkpoint):
+        (checkpoint / name).unlink(missing_ok=True)
+    for folder in sorted((checkpoint, *checkpoint.rglob("*")), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _flush(file: Path) -> None:
+    """To the disk: a machine that dies later must not leave a file of zeros."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint is there, in its size."""
-    record = read_record(checkpoint)
+    record = read_checkpoint(checkpoint)
     if record is None:
         return False
     files = {name: checkpoint / name for name in record["sizes"]}
@@ -207,6 +251,7 @@ def write(path: Path, text: str) -> None:
     """A file that is there as a whole, or as it was."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
+    _flush(partial)
     partial.replace(path)
 
 
@@ -243,13 +288,3 @@ def _is_own_name(path: Path, folder: Path) -> bool:
 def _some(names: list[str]) -> str:
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
-
-
-def check_writable(path: Path) -> None:
-    """Raise `InputError` where a file of this name could not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {one_line(error)}") from error

@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
@@ -35,7 +37,7 @@ from fastkd.training.models import (
     open_teachers,
     open_tokenizer,
 )
-from fastkd.training.outputs import Folder, is_complete, read_record
+from fastkd.training.outputs import Folder, is_complete, read_checkpoint, read_record
 from fastkd.training.settings import LENGTH, DataSettings, ModelSettings
 from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
 
@@ -121,30 +123,23 @@ def train(config: Config) -> Run:
         args.dataloader_pin_memory = False  # or torch warns that there is no GPU
     say = print if args.process_index == 0 else _silent
     _check(config)
-    resume = run.resume or args.resume_from_checkpoint is not None
-    folder = Folder(args.output_dir, run.overwrite, resume)
-    checkpoint = _checkpoint(folder, config)
+    folder, checkpoint = _folder(config)
 
     opened = _open(config, say)
     config, read = opened.config, opened.read
     about = _about(config, read.train)
     if checkpoint is not None:
         _check_same(checkpoint, about, say)
-    elif resume:
+    elif run.resume:
         say(f"nothing to go on from in {folder.path}: starting")
     _set_evaluation(config, read, checkpoint)
     interrupt, progress = Interrupt(run.save_minutes), Progress()
-    callbacks = [interrupt, Log(folder)]
+    callbacks = [interrupt, Log(folder, config.save)]
     if run.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(run.early_stopping_patience))
     trainer = _make_trainer(opened, folder, about, callbacks)
     if not args.disable_tqdm:
         trainer.add_callback(progress)
-    trainer.accelerator.wait_for_everyone()
-    if args.should_save:
-        folder.begin()
-        config.save(folder.own("fastkd.yaml"))
-    trainer.accelerator.wait_for_everyone()
     if read.held_out is not None and checkpoint is None:
         for i, perplexity in enumerate(_perplexities(trainer, opened.teachers)):
             which = f" {i + 1}" if len(opened.teachers) > 1 else ""
@@ -155,6 +150,10 @@ def train(config: Config) -> Run:
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except ImportError as error:  # of an optimizer, say: what a setting needs
             raise InputError(one_line(error)) from error
+        except (UnpicklingError, EOFError, SafetensorError) as error:
+            if checkpoint is None:
+                raise
+            raise InputError(f"{checkpoint} is broken: {one_line(error, 100)}") from error
     state = trainer.state
     stopped = f"stopped at step {state.global_step} of {state.max_steps}"
     if interrupt.interrupted and state.global_step < state.max_steps:
@@ -303,27 +302,37 @@ def _read(config: Config, tokenizer: Any, sizes: Any, pack: bool) -> Read:
         )
 
 
-def _checkpoint(folder: Folder, config: Config) -> Path | None:
-    """Where the run goes on, if it does."""
+def _folder(config: Config) -> tuple[Folder, Path | None]:
+    """Where the run writes, and the checkpoint that it goes on from, if it does."""
+    run, output = config.run, Path(config.training.output_dir)
     name = config.training.resume_from_checkpoint
-    if name is None or name in ("last", "true", "True"):
+    newest = name is None or name in ("last", "true", "True")
+    found = None if newest else Path(name).expanduser()
+    if found is None:
+        folder = Folder(output, run.overwrite, run.resume or name is not None)
         found = folder.newest() if folder.goes_on else None
+        if found is None and name is not None:
+            raise InputError(f"{output} has no complete checkpoint to go on from")
         if found is None:
-            if name is not None:
-                raise InputError(f"{folder.path} has no complete checkpoint to go on from")
-            return None
+            return folder, None
+    elif not found.is_dir():
+        raise InputError(f"--resume_from_checkpoint {name}: no such folder")
+    elif not is_complete(found):
+        raise InputError(f"{name} is no complete checkpoint of fastkd")
     else:
-        found = Path(name).expanduser()
-        if not found.is_dir():
-            raise InputError(f"--resume_from_checkpoint {name}: no such folder")
-        if not is_complete(found):
-            raise InputError(f"{name} is no complete checkpoint of fastkd")
+        # From elsewhere it is a new run, which needs a folder of its own.
+        inside = found.resolve().parent == output.resolve()
+        folder = Folder(output, run.overwrite, inside or run.resume)
+        if folder.goes_on and read_checkpoint(found)["run"] != folder.run:
+            raise InputError(
+                f"{found} is of another run than {output} holds: name another --output"
+            )
     if not any(found.glob("rng_state*")):
         raise InputError(
             f"{found} holds the model alone (--save_only_model), without the optimizer's state: a"
             " new run may start from it: --student"
         )
-    return found
+    return folder, found
 
 
 def _about(config: Config, rows: Dataset) -> dict[str, Any]:
@@ -351,7 +360,7 @@ def _fingerprint(rows: Dataset) -> str:
 
 def _check_same(checkpoint: Path, about: dict[str, Any], say: Any) -> None:
     """Refuse to go on with another loss, data or optimizer; say what else has changed."""
-    before, now = read_record(checkpoint), about["settings"]
+    before, now = read_checkpoint(checkpoint), about["settings"]
     was = before["settings"]
     changed = [k for k in now if now[k] != was.get(k)]
     refused = [f"{k} was {was.get(k)}, is {now[k]}" for k in changed if k not in EXTENT]

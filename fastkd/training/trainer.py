@@ -7,6 +7,8 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 from fastkd.integrations.transformers import DistillationTrainer
+from fastkd.training.errors import InputError
 from fastkd.training.measure import peak_memory
 from fastkd.training.outputs import Folder
 
@@ -27,7 +30,7 @@ class FolderTrainer(DistillationTrainer):
     """A `DistillationTrainer` whose checkpoints are a `Folder`'s.
 
     Args:
-        folder: begun.
+        folder: where they are written.
         about: what a run that goes on must agree with; saved in every checkpoint.
     """
 
@@ -46,6 +49,12 @@ class FolderTrainer(DistillationTrainer):
         now = torch.where(loss.isfinite(), math.inf, float(self.state.global_step + 1))
         self._not_finite_since = torch.minimum(self._not_finite_since, now)
         return loss
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # Trainer would take one step more
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial):
         return self._writes_to or super()._get_output_dir(trial)
@@ -150,10 +159,15 @@ class Interrupt(TrainerCallback):
 
 class Log(TrainerCallback):
     """`log.jsonl`, one line a point of the curve; on the main process. It is made anew of what the
-    checkpoint knows, so that a torn one stops nothing."""
+    checkpoint knows, so that a torn one stops nothing.
 
-    def __init__(self, folder: Folder):
-        self.folder = folder
+    Args:
+        folder: is begun when the training does; until then all is as it was.
+        save: writes the run's settings.
+    """
+
+    def __init__(self, folder: Folder, save: Callable[[Path], None]):
+        self.folder, self.save = folder, save
 
     def on_step_end(self, args, state, control, **kwargs):
         # A line averages over the steps since the one before: a resumed run begins a new one at its
@@ -167,7 +181,14 @@ class Log(TrainerCallback):
         best = self.folder.path / f"checkpoint-{state.best_global_step}"
         if state.best_model_checkpoint is None and best.is_dir():  # the folder was moved
             state.best_model_checkpoint = str(best)
+        if state.global_step > state.max_steps:
+            raise InputError(
+                f"the checkpoint is of step {state.global_step}, and {state.max_steps} are all"
+                " that the settings ask for"
+            )
         if state.is_world_process_zero:
+            self.folder.begin(state.global_step)
+            self.save(self.folder.own("fastkd.yaml"))
             self.folder.text("log.jsonl", "".join(map(line, points(state.log_history))))
 
     def on_log(self, args, state, control, **kwargs):

@@ -74,6 +74,7 @@ def test_a_step_is_that_of_its_whole_batch(tmp_path, size, accumulation):
 
 def test_two_processes(tmp_path):
     """DDP and FSDP2: see trainer_ranks.py."""
+    pytest.importorskip("peft")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     folders = (ROOT, ROOT / "tests", ROOT / "tests/integrations")
     environment = os.environ | {"PYTHONPATH": ":".join(map(str, folders)), "OMP_NUM_THREADS": "1"}

@@ -220,7 +220,12 @@ def test_every_kind_of_model_learns_as_by_its_own_loss(kind, logits):
     torch.manual_seed(0)
     model, inputs = KINDS[kind]().eval(), batch(rows=2, length=20)
     experts = {"output_router_logits": True} if "experts" in kind else {}  # Switch must be told
-    returned = model(**inputs, **experts)
+    try:
+        returned = model(**inputs, **experts)
+    except ValueError:
+        if kind != "t5 of experts":
+            raise
+        pytest.skip("the Switch of this transformers cannot make its own loss")
     returned.loss.backward()
     expected = {name: g.clone() for name, g in gradients(model).items()}
     model.zero_grad()
@@ -275,6 +280,7 @@ def test_models_that_return_tuples(logits):
 
 
 def test_a_balancing_loss_is_not_lost_in_a_wrapper(tmp_path):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     model, inputs = tiny(0, router_aux_loss_coef=5.0, **MOE), batch()

@@ -218,6 +218,7 @@ def test_what_cannot_be_written_anew_is_named():
 
 def test_wrapped_students_write(tmp_path):
     """Under DDP, and with adapters that change what is written."""
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

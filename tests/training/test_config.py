@@ -155,3 +155,9 @@ def test_help_imports_no_trainer():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("fastkd.cli.find_spec", lambda name: None if name == "datasets" else name)
+    assert main(["distill", *NEEDED]) == 2
+    assert "needs datasets: pip install 'fastkd[train]'" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_text_files_are_one_document_each(write, tmp_path):
         ("a.csv", "text\n", r"a\.csv: no rows"),
         ("a.txt", "\n", r"a\.txt: no rows"),
         ("a.parquet", "", r"a\.parquet is empty"),
-        ("a.parquet", "no", r"cannot open the data .*a\.parquet: \w+"),
+        ("a.parquet", "no", r"a\.parquet cannot be opened: \w+"),
         ("a.pdf", "x", r"not a file of a known kind \(\.jsonl, "),
     ],
 )

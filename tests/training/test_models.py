@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_lms import gradients
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -99,10 +98,11 @@ class Shop:
         return folder
 
     def adapter(self, name, base, settings=None, **others):
-        settings = settings or LoraConfig(r=4, task_type="CAUSAL_LM", **others)
+        peft = pytest.importorskip("peft")
+        settings = settings or peft.LoraConfig(r=4, task_type="CAUSAL_LM", **others)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, on tied embeddings
-            model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).eval()
+            model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).eval()
             for p in model.parameters():
                 if p.requires_grad:
                     p.data.normal_(0, 0.3)
@@ -407,6 +407,7 @@ def test_what_the_machine_lacks(shop, monkeypatch):
 
 
 def test_new_adapters(shop):
+    pytest.importorskip("peft")
     student, _ = opened(settings(shop.student, lora_r=2, lora_dropout=0.1))
     config = student.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.1)
@@ -422,6 +423,7 @@ def test_new_adapters(shop):
 def test_an_adapter_on_the_students_head_is_trained(shop):
     """Its logits are made whole, and the gradient reaches it; the embeddings that are tied to the
     head stay as they were."""
+    pytest.importorskip("peft")
     tied = shop.model("tied-head", tie_word_embeddings=True)
     student, _ = opened(settings(tied, lora_r=2, lora_targets=["lm_head"]))
     assert find_head(student) is None
@@ -459,6 +461,7 @@ def test_an_adapters_folder_is_student_and_teacher(shop, targets, tied):
 
 
 def test_our_own_adapter_is_read_again_from_another_folder(shop, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
     monkeypatch.chdir(shop.root)
     student, _ = opened(settings("student", lora_r=2))
     shop.save("ours", student)
@@ -488,7 +491,8 @@ def test_adapters_that_fit_nowhere(shop, tmp_path):
     (bare / file).unlink()
     both = configured("both")
     shutil.copy(shop.student / "model.safetensors", both)
-    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     for name, parts in {
         shop.changed("fewer", folder, lambda w: second(w, True), file): ["layers.1", "missing"],
         shop.changed("others", folder, lambda w: second(w, False), file): ["layers.5", "nowhere"],

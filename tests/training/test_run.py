@@ -80,7 +80,39 @@ def test_the_output_is_a_model_a_log_and_its_settings(settings, tmp_path, capsys
     assert f'transformers.AutoModelForCausalLM.from_pretrained("{out}")' in printed
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_distilling_brings_the_student_to_the_teacher(settings, tmp_path, divergence):
+    settings |= dict(
+        max_steps=60, alpha=1, temperature=1, batch_size=8, eval_fraction=0.2, logging_steps=20,
+        eval_steps=20, learning_rate=2e-2, divergence=divergence,
+    )  # fmt: skip
+    assert run(**settings) == 0
+    scores = [row for row in log(tmp_path / "out") if "eval_kl" in row]
+    assert scores[-1]["eval_kl"] < 0.7 * scores[0]["eval_kl"]
+    assert scores[-1]["eval_top1_agreement"] > scores[0]["eval_top1_agreement"]
+
+
+def test_no_tensor_of_all_logits_is_made(settings, monkeypatch):
+    """In training and evaluation, by either model, but for the probes of a few tokens."""
+    made, linear = [], torch.nn.functional.linear
+
+    def product(*args):
+        out = linear(*args)
+        if out.shape[-1] == 64:
+            made.append(out.shape[:-1].numel())
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    settings |= dict(batch_size=8, eval_fraction=0.3, gradient_checkpointing=True)
+    assert run(**settings) == 0
+    assert len(made) <= 12 and max(made) <= 8
+    made.clear()
+    assert run("--overwrite", **settings | dict(logits="whole")) == 0
+    assert max(made) > 8 * 16
+
+
 def test_a_run_needs_a_folder_of_its_own(settings, tmp_path, capsys):
+    pytest.importorskip("peft")
     assert run(**settings) == 0
     assert run(**settings) == 2
     assert "holds an earlier run" in said(capsys)
@@ -94,6 +126,8 @@ def test_a_run_needs_a_folder_of_its_own(settings, tmp_path, capsys):
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(settings, tmp_path, lora):
     """In the middle of an epoch and after it; dropout draws from the random state."""
+    if lora:
+        pytest.importorskip("peft")
     settings["student"] = write_model(tmp_path / "dropout", 0, attention_dropout=0.1)
     settings |= dict(
         batch_size=4, gradient_accumulation_steps=2, max_steps=7, save_steps=2, lora_r=lora,
@@ -123,6 +157,8 @@ def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(settings, tmp_p
     ],
 )
 def test_another_loss_does_not_go_on(settings, capsys, change, words):
+    if "lora_r" in change:
+        pytest.importorskip("peft")
     settings |= dict(save_steps=2, max_steps=2)
     assert run(**settings) == 0
     assert run("--resume", **settings | change) == 2
@@ -237,8 +273,7 @@ def test_the_last_finite_checkpoint_stays(settings, tmp_path, capsys, monkeypatc
 
 
 def test_checkpoints_of_adapters_are_adapters(settings, tmp_path):
-    import peft
-
+    peft = pytest.importorskip("peft")
     assert run(**settings | dict(lora_r=2, save_steps=4)) == 0
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-4"):
         model = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
@@ -296,3 +331,10 @@ def test_two_processes_make_the_steps_of_one(settings, tmp_path, fsdp):
         for name in row:
             assert row[name] == pytest.approx(other[name], rel=1e-4), name
     assert json.loads((tmp_path / "two" / "fastkd.json").read_text())["finished"]
+
+
+def test_checkpoints_by_the_clock(settings, tmp_path):
+    settings |= dict(save_minutes=1e-6, save_steps=100, save_total_limit=2)
+    assert run(**settings) == 0
+    found = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert found == {"checkpoint-3", "checkpoint-4"}

@@ -151,6 +151,7 @@ def test_a_teacher_with_its_own_prompt(settings, tmp_path):
 
 
 def test_adapters_as_student_and_as_teacher(settings, tmp_path):
+    pytest.importorskip("peft")
     out = tmp_path / "out"
     adapter = dict(lora_r=2, lora_alpha=8, lora_targets=["q_proj", "v_proj"], lora_dropout=0.1)
     assert run(**settings | adapter) == 0

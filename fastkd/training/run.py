@@ -90,7 +90,7 @@ def distill(config: Config) -> Run:
     if not config.loss.finetune_epochs:
         return train(config)
     output = config.training.output_dir
-    between = f"{output}-distilled"
+    between = f"{Path(output)}-distilled"  # a slash at its end is no part of its name
     first, second = _copy(config), _copy(config)
     first.training.output_dir = between
     first.loss.finetune_epochs = second.loss.finetune_epochs = 0.0
@@ -226,6 +226,10 @@ def _check(config: Config) -> None:
     check_settings(models, loss)
     if not args.output_dir or args.output_dir == "trainer_output":
         raise InputError("--output is missing")
+    place = Path(args.output_dir).resolve()
+    for name in filter(None, (models.student, *models.teacher)):
+        if Path(name).expanduser().resolve().is_relative_to(place):
+            raise InputError(f"--output {args.output_dir} holds {name}: name another folder")
     if not data.data:
         raise InputError("--data is missing")
     if not (models.student or models.student_from_teacher):

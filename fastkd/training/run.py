@@ -331,12 +331,22 @@ def _folder(config: Config) -> tuple[Folder, Path | None]:
 def _about(config: Config, rows: Dataset) -> dict[str, Any]:
     """What a run that goes on must agree with."""
     chosen = {k: x for k, x in config.ours.items() if k not in MAY_CHANGE}
+    for name in ("student", "teacher", "data"):
+        named = chosen[name]
+        several = isinstance(named, list)
+        chosen[name] = [_whole(x) for x in named] if several else named and _whole(named)
     every = config.as_dict()
     chosen |= {k: every.get(k) for k in (*DECIDES, *EXTENT)}
     return {
         "settings": chosen | {"processes": config.training.world_size},
         "data": _fingerprint(rows),
     }
+
+
+def _whole(name: str) -> str:
+    """A path as it is from everywhere; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _fingerprint(rows: Dataset) -> str:

@@ -181,13 +181,22 @@ def _open(config: Config, say: Callable) -> Opened:
         say(text)
     read = _read(config, tokenizer, sizes, config.data.packing)
     student, teachers = open_student(models), open_teachers(models)
-    packed = "position_ids" in read.train.column_names
-    if packed and not all(map(keeps_documents_apart, (student, *teachers))):
-        say("packing is off: a model lets packed documents see each other")
+    if _is_packed(read) and not all(map(keeps_documents_apart, (student, *teachers))):
         read = _read(config, tokenizer, sizes, False)
+        if _is_packed(read):
+            raise InputError(
+                "rows hold several documents (position_ids, seq_lengths), and a model lets them"
+                " see each other: give each its own row"
+            )
+        say("packing is off: a model lets packed documents see each other")
     for text in (*read.report, *describe(student, teachers)):
         say(text)
     return Opened(config, tokenizer, vocab, read, student, teachers)
+
+
+def _is_packed(read: Read) -> bool:
+    parts = (read.train, read.held_out)
+    return any(x is not None and "position_ids" in x.column_names for x in parts)
 
 
 def _make_trainer(
@@ -263,6 +272,8 @@ def _check(config: Config) -> None:
         raise InputError(f"save_total_limit must be at least 1, got {args.save_total_limit}")
     if args.label_smoothing_factor:
         raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
+    if not 0 < data.mlm_probability < 1:
+        raise InputError(f"mlm_probability must be in (0, 1), got {data.mlm_probability}")
     if loss.on_policy and data.teacher_prompt_template is not None:
         raise InputError("on_policy and teacher_prompt_template do not go together")
     try:

@@ -79,7 +79,7 @@ class Parser(HfArgumentParser):
     """One whose errors are `InputError`s."""
 
     def error(self, message: str):
-        raise InputError(f"{message}; `fastkd distill --help` lists the settings")
+        raise InputError(f"{message}; --help lists the settings")
 
 
 def parse(argv: list[str]) -> Config:
@@ -160,7 +160,7 @@ def _name(flag: str, known: dict[str, Action]) -> str:
     if positive in known and known[positive].nargs == "?":
         return name
     close = difflib.get_close_matches(name, [*known, *SHORT], 1)
-    hint = f"did you mean --{close[0]}?" if close else "`fastkd distill --help` lists the settings"
+    hint = f"did you mean --{close[0]}?" if close else "--help lists the settings"
     raise InputError(f"unknown: --{flag}; {hint}")
 
 
@@ -171,20 +171,26 @@ def _takes_several(name: str, known: dict[str, Action]) -> bool:
 def _file(path: str, known: dict[str, Action]) -> dict[str, list[str]]:
     """Name -> values, of a YAML file."""
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        settings, node = yaml.safe_load(text), yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config {path} cannot be read: {one_line(error)}") from error
     if not isinstance(settings, dict):
         kind = type(settings).__name__
         raise InputError(f"--config {path} must hold `name: value` lines, got {kind}")
     found = {}
+    keys = [key.value for key, _ in node.value]
     for key, value in settings.items():
+        if keys.count(str(key)) > 1:  # YAML would take the last
+            raise InputError(f"--config {path}: {key} is given twice")
         try:
             name = _name(str(key), known)
         except InputError as error:
             raise InputError(
                 f"--config {path}: {error}".replace("--" + str(key), str(key))
             ) from error
+        if name == "config":
+            raise InputError(f"--config {path}: a file of settings cannot name another")
         if name in found:
             raise InputError(f"--config {path}: {key} is given twice")
         if isinstance(value, dict) and name.endswith("_args"):

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, Features, Json, Value, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from fastkd.recipes import generate as written
+from fastkd.training.chat import ROLES, from_json
 from fastkd.training.data import load_rows
 from fastkd.training.encode import ANSWERS, CHATS, IGNORED, QUESTIONS, Encoder, Prompts
 from fastkd.training.errors import InputError, one_line
@@ -61,7 +62,7 @@ def generate(settings: GenerateSettings) -> int:
     output = Path(settings.output)
     disable_progress_bars()
     disable_progress_bar()
-    sources = [load_rows(x, settings.data_split, settings.data_name) for x in settings.data]
+    sources = {x: load_rows(x, settings.data_split, settings.data_name) for x in settings.data}
     models = ModelSettings(
         student=settings.teacher,
         teacher=[settings.teacher],
@@ -73,7 +74,14 @@ def generate(settings: GenerateSettings) -> int:
     length = _prompt_length(settings, models)
     settings = dataclasses.replace(settings, max_prompt_length=length)
     check_models(models, DataSettings(max_length=2))
-    prompts = [p for rows in sources for p in prompts_of(rows, tokenizer, settings)]
+    prompts: list[Prompt] = []
+    for source, rows in sources.items():
+        try:
+            prompts += prompts_of(rows, tokenizer, settings)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+    if len(kinds := sorted({prompt.kind for prompt in prompts})) > 1:
+        raise InputError(f"data of different columns, {' and '.join(kinds)}: one --output for each")
     prompts = prompts[: settings.limit]
     done = _begin(settings, output, prompts)
     print(f"{len(prompts):,} prompts" + (f", {done:,} of them answered: going on" if done else ""))
@@ -140,14 +148,20 @@ def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> lis
             f" {', '.join((*CHATS, *QUESTIONS, 'text'))}"
         )
     plain = rows.to_list()
-    asked = Dataset.from_list([Prompt(row, kind, []).answered(WORD) for row in plain])
-    if kind in CHATS:
-        asked = Dataset.from_list(
-            [row | {kind: json.dumps(_last_counts(row[kind]))} for row in asked.to_list()]
-        )
+    asked = []
+    for i, row in enumerate(plain):
+        try:
+            nothing = kind in CHATS and not row[kind]  # dropped, and counted
+            made = row if nothing else Prompt(row, kind, []).answered(WORD)
+        except InputError as error:
+            raise InputError(f"row {i} (counted from 0): {error}") from error
+        if kind in CHATS and not nothing:
+            made = made | {kind: _last_counts(made[kind])}
+        asked.append(made)
     prompts = Prompts(student=settings.prompt_template)
     limit = settings.max_prompt_length + 64  # with room for the answer's word and its end
-    made = Encoder(tokenizer, limit, None, "causal-lm", prompts).encode(asked, packing=False)
+    encoder = Encoder(tokenizer, limit, None, "causal-lm", prompts)
+    made = encoder.encode(_dataset(asked), packing=False)
     for line in made.report[1:]:
         print(line)
     found = {}
@@ -155,6 +169,9 @@ def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> lis
         ids = row["input_ids"]
         first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
         found[row["row"]] = ids[:first]
+    if empty := [i for i, ids in found.items() if not ids]:
+        print(f"left out {len(empty):,} of {len(plain):,} prompts: empty")
+        found = {i: ids for i, ids in found.items() if ids}
     fits = {i: ids for i, ids in found.items() if len(ids) <= settings.max_prompt_length}
     if len(fits) < len(found):
         print(
@@ -166,17 +183,35 @@ def prompts_of(rows: Dataset, tokenizer: Any, settings: GenerateSettings) -> lis
     return [Prompt(plain[i], kind, ids) for i, ids in sorted(fits.items())]
 
 
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows whose values may be of several types in a column."""
+    names = {key: None for row in rows for key in row}
+    columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in names}
+    features = {}
+    for key, values in columns.items():
+        texts = all(x is None or isinstance(x, str) for x in values)
+        features[key] = Value("string") if texts else Json()
+        if not texts:  # as text: see files.py
+            columns[key] = [None if x is None else json.dumps(x, default=str) for x in values]
+    return Dataset.from_dict(columns, features=Features(features))
+
+
 def _asked(messages: Any) -> list[dict[str, Any]]:
     """A conversation up to the last question."""
-    messages = json.loads(messages) if isinstance(messages, str) else list(messages)
-    while messages and (messages[-1].get("role") or messages[-1].get("from")) in (
-        "assistant",
-        "gpt",
-    ):
+    messages = from_json(messages, "messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise InputError(f"expected a list of messages, got {messages!r:.60}")
+    messages = list(messages)
+    while messages and _role(messages[-1]) == "assistant":
         messages.pop()
     if not messages:
         raise InputError("a conversation without a question")
     return messages
+
+
+def _role(message: dict[str, Any]) -> str:
+    role = str(message.get("role") or message.get("from"))
+    return ROLES.get(role.lower(), role)
 
 
 def _last_counts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -204,6 +239,10 @@ def _check(settings: GenerateSettings) -> None:
     output = Path(settings.output)
     if output.is_dir():
         raise InputError(f"--output {output} is a folder; a file is needed, answers.jsonl")
+    if output.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
+        raise InputError(f"--output {output}: JSON lines are written, so name it answers.jsonl")
+    if any(output.resolve() == Path(x).expanduser().resolve() for x in settings.data):
+        raise InputError(f"--output {output} holds the prompts: name another file")
 
 
 def _begin(settings: GenerateSettings, output: Path, prompts: list[Prompt]) -> int:
@@ -222,13 +261,15 @@ def _begin(settings: GenerateSettings, output: Path, prompts: list[Prompt]) -> i
         was = None
     except OSError as error:
         raise InputError(f"--output {output}: {one_line(error)}") from error
+    if exists and not aside.exists():
+        raise InputError(f"{output} exists, and is not of `fastkd generate`: name another --output")
     if exists and not settings.overwrite:
         if was is None:
-            raise InputError(f"{output} exists, and is not of `fastkd generate`: --overwrite it?")
+            raise InputError(f"{aside} cannot be read: --overwrite writes all answers anew")
         changed = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
         if changed:
             raise InputError(f"{output} was written with other settings: {'; '.join(changed)}")
-        return _whole_lines(output, prompts)
+        return _whole_batches(output, prompts, settings.batch_size)
     try:
         output.write_text("", encoding="utf-8")
         write(aside, json.dumps(now, indent=1))
@@ -237,12 +278,17 @@ def _begin(settings: GenerateSettings, output: Path, prompts: list[Prompt]) -> i
     return 0
 
 
-def _whole_lines(output: Path, prompts: list[Prompt]) -> int:
-    """Cut the file after its last answer that is whole; count them."""
-    text = output.read_bytes()
-    lines = text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines()
+def _whole_batches(output: Path, prompts: list[Prompt], size: int) -> int:
+    """Cut the file after its last batch that is whole, unless it is done; count the answers. A part
+    of a batch may have been written without the prompts that are beside it now (--limit)."""
+    lines = output.read_bytes().splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith(b"\n")]
     for i, line in enumerate(lines):
-        row, ours = json.loads(line), prompts[i] if i < len(prompts) else None
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{output}, line {i + 1}: not JSON: {one_line(error)}") from error
+        ours = prompts[i] if i < len(prompts) else None
         if (
             ours is not None
             and ours.answered("").keys() != row.keys()
@@ -251,8 +297,10 @@ def _whole_lines(output: Path, prompts: list[Prompt]) -> int:
             raise InputError(
                 f"{output}, line {i + 1}: the answer to another prompt than the data's"
             )
+    if len(lines) < len(prompts):
+        lines = lines[: len(lines) // size * size]
     with output.open("r+b") as file:
-        file.truncate(text.rfind(b"\n") + 1)
+        file.truncate(sum(map(len, lines)))
     return min(len(lines), len(prompts))
 
 

@@ -68,6 +68,10 @@ class Folder:
 
     def _check_place(self) -> None:
         path = self.path
+        try:
+            path.exists()
+        except OSError as error:  # a name that is too long
+            raise InputError(f"--output {str(path)[:60]}…: {error.strerror}") from error
         if path.exists() and not path.is_dir():
             raise InputError(f"--output {path} is a file")
         above = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -239,12 +243,22 @@ def _flush(file: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is there, in its size."""
+    """Whether every file of a checkpoint is there, in its size, and does not begin with the zeros
+    that a machine leaves which dies while it writes."""
     record = read_checkpoint(checkpoint)
     if record is None:
         return False
     files = {name: checkpoint / name for name in record["sizes"]}
-    return all(f.is_file() and f.stat().st_size == record["sizes"][n] for n, f in files.items())
+    return all(
+        f.is_file() and f.stat().st_size == record["sizes"][n] and _is_written(f)
+        for n, f in files.items()
+    )
+
+
+def _is_written(file: Path) -> bool:
+    with file.open("rb") as opened:
+        start = opened.read(64)
+    return any(start) or not start
 
 
 def write(path: Path, text: str) -> None:

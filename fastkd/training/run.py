@@ -92,7 +92,7 @@ def distill(config: Config) -> Run:
     if not config.loss.finetune_epochs:
         return train(config)
     output = config.training.output_dir
-    between = f"{output}-distilled"
+    between = f"{Path(output)}-distilled"  # a slash at its end is no part of its name
     first, second = _copy(config), _copy(config)
     first.training.output_dir = between
     first.loss.finetune_epochs = second.loss.finetune_epochs = 0.0
@@ -186,13 +186,22 @@ def _open(config: Config, say: Callable) -> Opened:
         say(text)
     read = _read(config, tokenizer, sizes, config.data.packing)
     student, teachers = open_student(models), open_teachers(models)
-    packed = "position_ids" in read.train.column_names
-    if packed and not all(map(keeps_documents_apart, (student, *teachers))):
-        say("packing is off: a model lets packed documents see each other")
+    if _is_packed(read) and not all(map(keeps_documents_apart, (student, *teachers))):
         read = _read(config, tokenizer, sizes, False)
+        if _is_packed(read):
+            raise InputError(
+                "rows hold several documents (position_ids, seq_lengths), and a model lets them"
+                " see each other: give each its own row"
+            )
+        say("packing is off: a model lets packed documents see each other")
     for text in (*read.report, *describe(student, teachers)):
         say(text)
     return Opened(config, tokenizer, vocab, read, student, teachers)
+
+
+def _is_packed(read: Read) -> bool:
+    parts = (read.train, read.held_out)
+    return any(x is not None and "position_ids" in x.column_names for x in parts)
 
 
 def _make_trainer(
@@ -237,6 +246,10 @@ def _check(config: Config) -> None:
         )
     if not args.output_dir or args.output_dir == "trainer_output":
         raise InputError("--output is missing")
+    place = Path(args.output_dir).resolve()
+    for name in filter(None, (models.student, *models.teacher)):
+        if Path(name).expanduser().resolve().is_relative_to(place):
+            raise InputError(f"--output {args.output_dir} holds {name}: name another folder")
     if not data.data:
         raise InputError("--data is missing")
     if not (models.student or models.student_from_teacher):
@@ -270,6 +283,8 @@ def _check(config: Config) -> None:
         raise InputError(f"save_total_limit must be at least 1, got {args.save_total_limit}")
     if args.label_smoothing_factor:
         raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
+    if not 0 < data.mlm_probability < 1:
+        raise InputError(f"mlm_probability must be in (0, 1), got {data.mlm_probability}")
     if loss.on_policy and data.teacher_prompt_template is not None:
         raise InputError("on_policy and teacher_prompt_template do not go together")
     try:
@@ -338,12 +353,22 @@ def _folder(config: Config) -> tuple[Folder, Path | None]:
 def _about(config: Config, rows: Dataset) -> dict[str, Any]:
     """What a run that goes on must agree with."""
     chosen = {k: x for k, x in config.ours.items() if k not in MAY_CHANGE}
+    for name in ("student", "teacher", "data"):
+        named = chosen[name]
+        several = isinstance(named, list)
+        chosen[name] = [_whole(x) for x in named] if several else named and _whole(named)
     every = config.as_dict()
     chosen |= {k: every.get(k) for k in (*DECIDES, *EXTENT)}
     return {
         "settings": chosen | {"processes": config.training.world_size},
         "data": _fingerprint(rows),
     }
+
+
+def _whole(name: str) -> str:
+    """A path as it is from everywhere; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _fingerprint(rows: Dataset) -> str:

@@ -61,6 +61,8 @@ class FolderTrainer(DistillationTrainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                self.check_finite()
             now = time.perf_counter()
             logs["tokens_per_second"] = round(self._tokens / max(now - self._since, 1e-9), 1)
             logs["peak_memory_mb"] = round(peak_memory(self.args.device))

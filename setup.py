@@ -43,7 +43,7 @@ setup(
             "matplotlib>=3.8",
             "pyyaml>=6",
             "tqdm>=4.65",
-            # Before 5.6 it divides accumulated gradients twice; 5.17 is the lowest that passes.
+            # Before 5.6 it divides accumulated gradients twice; 5.17 is the lowest run whole.
             "transformers>=5.17",
         ],
         "lora": ["peft>=0.18"],  # the first for transformers 5

@@ -45,13 +45,14 @@ setup(
     extras_require={
         "triton": ["triton>=3.4"],  # the first with named tuples as a kernel's arguments
         "train": [
-            "accelerate>=1.2",
+            "accelerate>=1.13",  # 1.6 does not resume exactly
             "datasets>=4.7",
             "jinja2>=3.1.6",
             "matplotlib>=3.8",
             "pyyaml>=6",
             "tqdm>=4.65",
-            "transformers>=5.0",
+            # Before 5.6 it divides accumulated gradients twice; 5.17 is the lowest run whole.
+            "transformers>=5.17",
         ],
         "lora": ["peft>=0.18"],  # the first for transformers 5
         "trl": ["trl>=1.16"],  # the first of which the replaced functions are known

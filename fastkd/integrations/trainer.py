@@ -87,7 +87,6 @@ class DistillationMixin:
         super().__init__(*args, **kwargs)
         self._check()
         self.model_accepts_loss_kwargs = True  # of trainers without `loss_is_scaled_for_ga`
-        self.accelerator.gradient_accumulation_steps = 1  # by which older ones divide once more
         self.logits, self.rewrite = logits, rewrite
         shift = settings.pop("shift", shifts_labels(self.model))
         self.objective = Distil(shift, **settings) if objective is None else objective

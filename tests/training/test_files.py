@@ -115,7 +115,8 @@ def test_text_files_are_one_document_each(write, tmp_path):
         ("a.csv", "text\n", r"a\.csv: no rows"),
         ("a.txt", "\n", r"a\.txt: no rows"),
         ("a.parquet", "", r"a\.parquet is empty"),
-        ("a.parquet", "no", r"cannot open the data .*a\.parquet: \w+"),
+        ("a.parquet", "no", r"a\.parquet cannot be opened: \w+"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"line 1: not JSON: nested too deep"),
         ("a.pdf", "x", r"not a file of a known kind \(\.jsonl, "),
     ],
 )

@@ -1,4 +1,5 @@
 PYTHON ?= python3
+SHELL := bash
 BIN := .venv/bin
 # What this CPU has of the instruction sets that torch's kernels are compiled for.
 CPUS := default $(shell grep -m1 -ow avx2 /proc/cpuinfo) $(if $(shell grep -m1 avx512vl /proc/cpuinfo),avx512)
@@ -27,8 +28,10 @@ lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: .venv/installed  ## the CPU benchmarks; then `make tables`
-	$(BIN)/python -m pytest -q -c benchmarks/pytest.ini benchmarks/bench_*.py \
+	$(BIN)/python -m pytest -q -c benchmarks/pytest.ini benchmarks/bench_{loss,head,topk}.py \
 	  --benchmark-json=benchmarks/results/cpu.json --benchmark-columns=median,min,rounds
+	$(BIN)/python -m pytest -q -c benchmarks/pytest.ini benchmarks/bench_trl.py \
+	  --benchmark-json=benchmarks/results/trl.json --benchmark-columns=median,min,rounds
 
 tables: .venv/installed  ## tables and picture of README and docs, from benchmarks/results
 	$(BIN)/python benchmarks/table.py && $(BIN)/python benchmarks/picture.py

@@ -1,7 +1,7 @@
 """Loss and gradient of TRL's two distillation losses, TRL's own code beside fastkd's under `fused`,
 in one run.
 
-    pytest benchmarks/bench_trl.py --benchmark-json=benchmarks/results/cpu.json
+    pytest benchmarks/bench_trl.py --benchmark-json=benchmarks/results/trl.json
 
 Both are called through TRL's functions: whole logits as `GKDTrainer` gives them, of which 20
 positions count nowhere; hidden states and LM heads as `DistillationTrainer` does. What `fused`

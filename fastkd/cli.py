@@ -12,7 +12,7 @@ from typing import Any
 
 import fastkd
 from fastkd.training import settings
-from fastkd.training.errors import InputError
+from fastkd.training.errors import InputError, one_line
 
 NEEDED = ("accelerate", "datasets", "jinja2", "matplotlib", "tqdm", "transformers", "yaml")
 USAGE = """\
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        _complain(" ".join(str(error).split()))  # no space, no permission
+        _complain(one_line(error))  # no space, no permission
         return 1
     except KeyboardInterrupt:
         _complain("stopped by Ctrl-C")

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fastkd.training.errors import InputError
+from fastkd.training.errors import InputError, one_line
 
 IGNORED = -100
 Example = tuple[list[int], list[int]]  # ids and labels
@@ -282,11 +282,12 @@ class Chat:
             )
             marks = [] if generate else self._marks(messages, template, text)
         except TemplateError as error:
-            words = " ".join(str(error).split())
-            raise InputError(f"the chat template refuses the conversation: {words}") from error
+            raise InputError(
+                f"the chat template refuses the conversation: {one_line(error)}"
+            ) from error
         except Exception as error:  # whatever a template's Python may raise
-            words = " ".join(str(error).split())
-            raise InputError(f"the chat template fails: {type(error).__name__}: {words}") from error
+            kind = type(error).__name__
+            raise InputError(f"the chat template fails: {kind}: {one_line(error)}") from error
         return text, marks
 
     def _source(self, template: dict) -> str:

@@ -14,6 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ class Folder:
             print(f"{target} is not this run's, and stays: checkpoint {step} was not saved")
             return
         made.rename(target)
+        with suppress(OSError):  # not empty: what could not be put in its place
+            self.partial.rmdir()
         if limit:
             kept = self._checkpoints(self.run)
             spare = [p for p in kept if p.name not in (name, best and Path(best).name)]

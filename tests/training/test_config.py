@@ -76,6 +76,9 @@ def test_a_file_of_settings(tmp_path):
     again = tmp_path / "again.yaml"
     config.save(again)
     assert parse(["--config", str(again)]).as_dict() == config.as_dict()
+    file.write_text("alpha: 1\nalpha: 0.5\n")
+    with pytest.raises(InputError, match="c.yaml: alpha is given twice"):
+        parse(["--config", str(file)])
     file.write_text("learnign_rate: 1")
     with pytest.raises(InputError, match="c.yaml: unknown: learnign_rate; did you mean"):
         parse(["--config", str(file)])

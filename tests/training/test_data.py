@@ -137,6 +137,10 @@ IDS = {"input_ids": [1, 2, 3]}
     ("row", "words"),
     [
         (IDS | {"attention_mask": [1, 0, 1]}, "attention_mask has zeros between ones"),
+        (IDS | {"prompt_mask": [1, 1, 0]}, "the column prompt_mask .* cannot be obeyed"),
+        (IDS | {"token_type_ids": [0, 1, 1]}, "the column token_type_ids .* cannot be obeyed"),
+        (IDS | {"prompt_length": 2}, "the column prompt_length holds 2, which cannot be obeyed"),
+        ({"prompt": "a", "completion": "b", "images": ["x.png"]}, "the column images holds"),
         (IDS | {"labels": [1, 2]}, "3 input_ids and 2 labels"),
         (IDS | {"labels": [2, 3, -100]}, "the label 2 at the id 1, position 0: .* not shifted"),
         (IDS | {"completion_mask": [0, 1, 1], "labels": [-100, -100, 3]}, "contradict each other"),
@@ -153,7 +157,8 @@ IDS = {"input_ids": [1, 2, 3]}
     ],
 )
 def test_rows_that_are_refused_by_number(row, words):
-    good = {"input_ids": [1, 2]} if "input_ids" in row else {k: "a" for k in row if k != "system"}
+    asked = {k: "a" for k in row if k not in ("system", "images")}
+    good = {"input_ids": [1, 2]} if "input_ids" in row else asked
     good = dict.fromkeys(row) | good
     rows = Dataset.from_list([good, good, row], on_mixed_types="use_json")
     with pytest.raises(InputError, match=f"^row 2 .counted from 0.: .*{words}"):

@@ -116,6 +116,7 @@ def test_text_files_are_one_document_each(write, tmp_path):
         ("a.txt", "\n", r"a\.txt: no rows"),
         ("a.parquet", "", r"a\.parquet is empty"),
         ("a.parquet", "no", r"a\.parquet cannot be opened: \w+"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"line 1: not JSON: nested too deep"),
         ("a.pdf", "x", r"not a file of a known kind \(\.jsonl, "),
     ],
 )

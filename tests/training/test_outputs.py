@@ -102,6 +102,19 @@ def test_copies_of_checkpoints_are_left_alone(out):
     assert Folder(out, resume=True).newest().name == "checkpoint-4"
 
 
+def test_what_others_put_into_a_checkpoint_stays(out):
+    folder = finished(out, 2)
+    theirs = put(out / "checkpoint-2" / "notes.txt")
+    save(folder, 4, limit=1)
+    assert names(out / "checkpoint-2") == [theirs.name]
+
+
+def test_a_run_that_goes_on_before_its_newest_checkpoint_drops_those_after(out):
+    finished(out, 2, 4, 6)
+    Folder(out, resume=True).begin(step=4)
+    assert [n for n in names(out) if n[0] == "c"] == ["checkpoint-2", "checkpoint-4", "config.json"]
+
+
 def test_limits_keep_the_newest_and_the_best(out):
     folder = Folder(out)
     folder.begin()
@@ -115,7 +128,11 @@ def test_limits_keep_the_newest_and_the_best(out):
 def test_the_newest_complete_checkpoint_of_this_run_counts(out):
     folder = finished(out, 2, 4, 6)
     assert Folder(out, resume=True).newest().name == "checkpoint-6"
-    (out / "checkpoint-6" / "model.safetensors").write_text("torn")
+    weights = out / "checkpoint-6" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes(len(whole)))  # of the right size, but zeros: the machine died
+    assert Folder(out, resume=True).newest().name == "checkpoint-4"
+    weights.write_text("torn")
     assert Folder(out, resume=True).newest().name == "checkpoint-4"
     (out / "checkpoint-4" / "trainer_state.json").unlink()
     assert Folder(out, resume=True).newest().name == "checkpoint-2"
@@ -146,6 +163,15 @@ def test_a_killed_run_leaves_nothing_that_stops_the_next(out):
     assert not folder.partial.exists()
     Folder(out, overwrite=True).begin()
     assert names(out) == [RECORD]
+
+
+def test_a_torn_record_does_not_stop_a_run_with_checkpoints(out):
+    folder = finished(out, 2, 4)
+    put(out / RECORD, "")
+    again = Folder(out, resume=True)
+    assert again.run == folder.run and again.newest().name == "checkpoint-4"
+    again.begin(step=4)
+    assert {"log.jsonl", "model.safetensors"} <= set(again.record["files"])
 
 
 def test_a_torn_record_is_no_record(out):

@@ -15,7 +15,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from small import curve, difference, flags, log, rows, run, weights, write_model, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from fastkd.training.config import parse
 
@@ -181,6 +181,96 @@ def test_more_steps_go_on_and_say_so(settings, tmp_path, capsys):
     assert run("--resume", **settings | dict(max_steps=6)) == 0
     assert "max_steps was 4, is 6" in capsys.readouterr().out
     assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_takes_no_step_more(settings, tmp_path, capsys):
+    settings |= dict(save_steps=2, scheduler="constant", warmup_ratio=0)
+    assert run(**settings) == 0
+    done = load_file(tmp_path / "out" / "model.safetensors")
+    assert run("--resume", **settings) == 0
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(done[k], again[k]) for k in done)
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3, 4]
+    assert run("--resume", **settings | dict(max_steps=2)) == 2
+    assert "the checkpoint is of step 4, and 2 are all" in said(capsys)
+    assert json.loads((tmp_path / "out" / "fastkd.json").read_text())["finished"]
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(settings, tmp_path, capsys):
+    settings |= dict(save_steps=2)
+    assert run(**settings) == 0
+    other = settings | dict(output=tmp_path / "other")
+    assert run(**other | dict(max_steps=6)) == 0
+    other["resume_from_checkpoint"] = tmp_path / "out" / "checkpoint-2"
+    assert run(**other) == 2
+    assert "holds an earlier run" in said(capsys)
+    assert run("--overwrite", **other) == 0
+    checkpoints = sorted(path.name for path in (tmp_path / "other").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-4"]  # none of the six steps before
+    assert difference(tmp_path / "out", tmp_path / "other") == 0
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_a_run_reads_is_not_replaced(settings, tmp_path, capsys, side):
+    assert run("--overwrite", **settings | dict(output=settings[side])) == 2
+    assert f"holds {settings[side]}: name another folder" in said(capsys)
+
+
+def test_nothing_is_replaced_before_the_training_begins(settings, tmp_path, capsys):
+    assert run(**settings) == 0
+    before = weights(tmp_path / "out")
+    galore = dict(optim="galore_adamw", optim_target_modules="all-linear", optimizer=None)
+    galore = {k: x for k, x in (settings | galore).items() if x is not None}
+    assert run("--overwrite", **galore) == 2
+    assert "galore_torch" in said(capsys)
+    assert all(torch.equal(x, before[k]) for k, x in weights(tmp_path / "out").items())
+
+
+def test_the_best_model_is_kept_and_only_own_checkpoints_are_dropped(settings, tmp_path):
+    """The best one is of step 1, whose learning rate is 0, and no multiple of `save_steps`."""
+    out = tmp_path / "out"
+    (out / "checkpoint-2-best").mkdir(parents=True)
+    settings |= dict(
+        eval_fraction=0.2, eval_steps=1, save_steps=2, save_total_limit=1, learning_rate=1.0,
+        load_best_model_at_end=True, metric_for_best_model="perplexity",
+    )  # fmt: skip
+    assert run(**settings) == 0
+    assert difference(settings["student"], out) == 0
+    assert (out / "checkpoint-2-best").exists() and (out / "checkpoint-1").exists()
+    state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(out / "checkpoint-1")
+    assert run("--resume", **settings) == 0
+    assert difference(settings["student"], out) == 0
+
+
+def test_sequences_are_as_long_as_the_models_allow(settings, tmp_path, capsys):
+    student = write_model(tmp_path / "gpt", 2, GPT2Config, max_position_embeddings=16)
+    settings = {k: x for k, x in settings.items() if k != "max_length"} | dict(student=student)
+    assert run(**settings) == 0
+    assert "sequences are cut to 16 tokens" in capsys.readouterr().out
+    assert run("--overwrite", **settings | dict(max_length=17)) == 2
+    assert "16 positions" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(report_to="nowhere"), "--report_to: nowhere is not supported"),
+        (dict(seed=-1), "seed must be in [0, 2^32), got -1"),
+        (dict(epochs="inf", max_steps=-1), "nothing to train"),
+        (dict(save_minutes="nan"), "save_minutes must not be negative, got nan"),
+        (dict(logging_steps=-1), "logging_steps must not be negative"),
+        (dict(mlm_probability=2), "mlm_probability must be in (0, 1)"),
+        (dict(eval_fraction=0.2, metric_for_best_model="bleu"), "metric_for_best_model is bleu"),
+        (dict(save_strategy="best"), "save_strategy best needs held-out data"),
+        (dict(fsdp="full_shard"), "fsdp"),
+        (dict(output="x" * 300), "File name too long"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_training(settings, tmp_path, capsys, change, words):
+    settings = {k: x for k, x in settings.items() if k != "save_steps"} | change
+    assert run(**settings) == 2
+    assert words in said(capsys)
 
 
 def command(settings):

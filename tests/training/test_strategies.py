@@ -1,6 +1,7 @@
 """Every strategy from the command line, end to end on tiny models."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def kd_of(settings, tmp_path):
     return first(tmp_path)["kd"]
 
 
-def test_the_triple_loss_of_masked_models(settings, tmp_path):
+def test_the_triple_loss_of_masked_models(settings, tmp_path, capsys):
     """DistilBERT: masked words, the teacher's distributions, the direction of its hidden states; a
     student of every other layer."""
     teacher = write_model(
@@ -100,6 +101,7 @@ def test_the_triple_loss_of_masked_models(settings, tmp_path):
     )  # fmt: skip
     settings.pop("student")
     assert run(**settings) == 0
+    assert "18 rows, 360 tokens\n" in capsys.readouterr().out  # whole, and nothing of a causal LM's
     row = first(tmp_path)
     whole = 0.7 * 4 * row["kd"] + 0.3 * row["ce"] + 0.5 * row["cosine"]
     assert row["loss"] == pytest.approx(whole, rel=1e-4)
@@ -201,6 +203,31 @@ def test_response_distillation(settings, tmp_path, capsys):
     assert difference(settings["student"], tmp_path / "out") > 1e-4
 
 
+def test_answers_to_more_prompts_are_those_of_all(settings, tmp_path):
+    """Sampled text depends on its batch: the last one of fewer prompts is written anew."""
+    assert generate(settings, tmp_path, output=tmp_path / "all.jsonl") == 0
+    for limit in (6, 9, 24):
+        assert generate(settings, tmp_path, limit=limit) == 0
+    assert (tmp_path / "answers.jsonl").read_text() == (tmp_path / "all.jsonl").read_text()
+
+
+def test_prompts_that_are_none(settings, tmp_path, capsys):
+    data = write_rows(tmp_path / "p.jsonl", [{"prompt": x} for x in (None, "", 3, "w1")])
+    assert generate(settings, tmp_path, data=data) == 0
+    made = [json.loads(x) for x in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in made] == [3, "w1"]
+    out = capsys.readouterr().out
+    assert "dropped 1 of 4 rows: no prompt" in out and "left out 1 of 4 prompts: empty" in out
+
+
+def test_answers_replace_nothing_of_others(settings, tmp_path, capsys):
+    theirs = write_rows(tmp_path / "theirs.jsonl", [{"a": 1}])
+    for path in map(Path, (theirs, settings["data"])):
+        before = path.read_text()
+        assert generate(settings, tmp_path, "--overwrite", output=path) == 2
+        assert path.read_text() == before
+
+
 def test_answers_to_conversations(settings, tmp_path):
     tokenizer = words(["user", "assistant"])
     tokenizer.chat_template = CHAT
@@ -220,6 +247,8 @@ def test_answers_to_conversations(settings, tmp_path):
         (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(temperature=-1), "temperature"),
         (dict(output="."), "."),
+        (dict(output="answers.txt"), "name it answers.jsonl"),
+        (dict(max_new_tokens=64), "64 positions"),
     ],
 )
 def test_generate_refuses_in_one_line(settings, tmp_path, capsys, change, words):

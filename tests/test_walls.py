@@ -44,8 +44,8 @@ def files(storey):
     every = [p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts]
     if storey != "loss":
         return [p for p in every if p.is_relative_to(PACKAGE / storey)]
-    # `fastkd.data` is another name of a file of the trainer's.
-    own = {f"{name}.py" for name in (*ABOVE, "data")}
+    # `fastkd.data` is another name of a file of the trainer's; `__main__` is the command line.
+    own = {f"{name}.py" for name in (*ABOVE, "data", "__main__")}
     return [
         p
         for p in every

@@ -114,7 +114,7 @@ def help_of(command: str) -> str:
         training = [(name, "", text) for name, text in settings.TRAINING.items()]
         groups.append(("The training, by transformers' names", training))
         end = (
-            "\nAll other settings of transformers' TrainingArguments are taken by their names too:"
+            "\nAll other settings of transformers' TrainingArguments are taken by their names:"
             "\nhttps://huggingface.co/docs/transformers/main_classes/trainer\n"
             "--config FILE: a YAML file of settings; flags override it.\n"
         )

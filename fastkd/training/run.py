@@ -37,7 +37,7 @@ from fastkd.training.models import (
     open_teachers,
     open_tokenizer,
 )
-from fastkd.training.outputs import Folder, is_complete, read_checkpoint, read_record
+from fastkd.training.outputs import CHECKPOINT, Folder, is_complete, read_checkpoint, read_record
 from fastkd.training.settings import LENGTH, DataSettings, ModelSettings
 from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
 
@@ -236,7 +236,7 @@ def _make_trainer(
 
 def _check(config: Config) -> None:
     """What can be seen to be wrong without opening a file."""
-    models, data, loss, run, args, _ = config
+    models, data, loss, _, args, _ = config
     check_settings(models, loss)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != args.world_size:  # each would write as if it were alone
@@ -248,12 +248,28 @@ def _check(config: Config) -> None:
         raise InputError("--output is missing")
     place = Path(args.output_dir).resolve()
     for name in filter(None, (models.student, *models.teacher)):
-        if Path(name).expanduser().resolve().is_relative_to(place):
+        path = Path(name).expanduser().resolve()
+        inside = path.parent == place and CHECKPOINT.fullmatch(path.name)
+        if path.exists() and (path == place or inside):
             raise InputError(f"--output {args.output_dir} holds {name}: name another folder")
     if not data.data:
         raise InputError("--data is missing")
     if not (models.student or models.student_from_teacher):
         raise InputError("--student is missing")
+    _check_numbers(config)
+    if args.label_smoothing_factor:
+        raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
+    if loss.on_policy and data.teacher_prompt_template is not None:
+        raise InputError("on_policy and teacher_prompt_template do not go together")
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()  # looks for its package
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"--report_to: {one_line(error)}") from error
+
+
+def _check_numbers(config: Config) -> None:
+    data, run, args = config.data, config.run, config.training
     for name in ("max_length", "max_teacher_length"):
         if getattr(data, name) is not None and getattr(data, name) < 2:
             raise InputError(f"{name} must be at least 2, got {getattr(data, name)}")
@@ -281,17 +297,8 @@ def _check(config: Config) -> None:
         )
     if args.save_total_limit is not None and args.save_total_limit < 1:
         raise InputError(f"save_total_limit must be at least 1, got {args.save_total_limit}")
-    if args.label_smoothing_factor:
-        raise InputError("label_smoothing_factor has no part in a distillation: leave it at 0")
     if not 0 < data.mlm_probability < 1:
         raise InputError(f"mlm_probability must be in (0, 1), got {data.mlm_probability}")
-    if loss.on_policy and data.teacher_prompt_template is not None:
-        raise InputError("on_policy and teacher_prompt_template do not go together")
-    try:
-        for tracker in get_reporting_integration_callbacks(args.report_to):
-            tracker()  # looks for its package
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise InputError(f"--report_to: {one_line(error)}") from error
 
 
 def _with_length(models: ModelSettings, data: DataSettings, say: Callable) -> DataSettings:

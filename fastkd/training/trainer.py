@@ -23,6 +23,7 @@ from fastkd.training.outputs import Folder
 NAMES = {"learning_rate": "lr"}  # in our log
 SUMMARY = "train_runtime"  # Trainer's last line: totals, no point of the curve
 COLUMNS = ("loss", "kd", "ce", "top1_agreement", "lr")  # of a line on the screen
+ONE_SIGNAL = 2  # seconds in which several are one
 AGREE_EVERY = 10  # steps after which processes ask each other whether to stop or save
 
 
@@ -137,8 +138,11 @@ class Interrupt(TrainerCallback):
 
     def _on_signal(self, number, frame):
         if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+            # torchrun hands on the signal that the terminal sent to all: that is no second one.
+            if time.monotonic() - self.at > ONE_SIGNAL:
+                raise KeyboardInterrupt
+            return
+        self.interrupted, self.at = True, time.monotonic()
         print("\nCtrl-C: saving after this step; once more to stop at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -43,7 +43,8 @@ class Distil:
         temperature: the same; numbers may be 0-d tensors.
         alpha: the same.
         **settings: the other keywords of `KDLoss`. `inplace` is on unless it is set: whole logits
-            of the student are overwritten by their gradient.
+            of the student are overwritten by their gradient, but for those that the model's own
+            backward pass reads again (it ends in a tanh, a softmax).
 
     Raises:
         TypeError, ValueError: settings that `kd_loss` would refuse, of a schedule at the start and
@@ -102,10 +103,13 @@ class Distil:
         counted = teacher is not None and teacher.counted
         if counted:
             check_counted(t, counts)
+        _check_positions(s, None if counted else t, labels)
         if counted or all(x is None or isinstance(x, Source) for x in (s, t)):
             s, labels = rows_of(s, counts), labels[counts]
             t = t if counted or t is None else rows_of(t, counts)
         others = {"ignore_index": IGNORED} | ({"alpha": 0.0} if t is None else {})
+        if isinstance(s, Tensor) and _is_read_again(s):
+            others["inplace"] = False
         parts = self.at(progress, **others)(s, t, labels, num_items=num_items[0])
         found = {name: getattr(parts, field) for name, field in MEASURES.items()}
         measures = {name: x.detach() for name, x in found.items() if x is not None}
@@ -217,6 +221,27 @@ def rows_of(source: Tensor | Source, counts: Tensor) -> Tensor | Source:
             if x.shape[: len(leading)] == leading:
                 chosen[field.name] = x[counts]
     return replace(source, **chosen)
+
+
+def _check_positions(
+    student: Tensor | Source, teacher: Tensor | Source | None, labels: Tensor
+) -> None:
+    """Raise where logits are of other positions than the labels: of a classifier, of the virtual
+    tokens that prompt tuning adds."""
+    for side, x in (("student", student), ("teacher", teacher)):
+        if x is not None:
+            leading = tuple(as_source(side, x).leading)
+            if leading != tuple(labels.shape):
+                raise ValueError(
+                    f"the {side}'s logits are of {leading} positions, the labels of"
+                    f" {tuple(labels.shape)}: a classifier? virtual tokens of prompt tuning?"
+                )
+
+
+def _is_read_again(logits: Tensor) -> bool:
+    """Whether the operation that made them keeps its result for the backward pass."""
+    makers = logits.grad_fn, None if logits._base is None else logits._base.grad_fn
+    return any(hasattr(maker, "_saved_result") for maker in makers)
 
 
 def check_counted(logits: Tensor | Source, counts: Tensor) -> None:

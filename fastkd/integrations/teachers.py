@@ -78,10 +78,14 @@ def open_teacher(
     """A model of the student's sort, from the hub or a folder; an adapter merged into its base.
 
     Raises:
-        ValueError: weights that its file does not hold: nobody would ever train them.
+        ValueError: a path where there is no folder; weights that its file does not hold: nobody
+            would ever train them.
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    path = isinstance(name, os.PathLike) or name.startswith(("/", ".", "~"))
+    if path and not os.path.isdir(name):
+        raise ValueError(f"there is no folder {os.fspath(name)}, which teacher_model names")
     settings = dict(init_kwargs or {})
     hub = {k: settings[k] for k in ("revision", "token", "cache_dir") if k in settings}
     if find_adapter_config_file(str(name), **hub) is None:
@@ -132,7 +136,8 @@ class Frozen:
     """A model as a teacher that nobody trains, on whatever device it is.
 
     Raises:
-        ValueError: it shares weights with the student, which would be frozen too.
+        ValueError: it shares weights with the student, which would be frozen too; in a call: ids
+            beyond its vocabulary, looked for only where that is smaller than the student's.
     """
 
     def __init__(self, model: nn.Module, student: nn.Module, accelerator: Any, logits: str):
@@ -140,6 +145,8 @@ class Frozen:
             raise ValueError(
                 "teacher_model shares weights with the student, and would be trained: give a copy"
             )
+        known, students = (_vocabulary(x) for x in (model, student))
+        self.known = known if known < students else None
         self.model = _prepared(model.requires_grad_(False).eval(), accelerator)
         self.lm = LM(self.model, logits)
 
@@ -148,8 +155,24 @@ class Frozen:
             self.model.eval()
         here = next(x.device for x in batch.values() if isinstance(x, Tensor))
         there = next(self.model.parameters()).device
-        says = self.lm(moved(batch, there), hidden_states)
+        if self.known is not None and "input_ids" in batch:
+            largest = int(batch["input_ids"].max())
+            if largest >= self.known:
+                raise ValueError(
+                    f"the batch has token {largest}, and the teacher knows only {self.known}: the"
+                    " two models need one tokenizer"
+                )
+        if there.type != "meta":  # offloaded: its hooks bring the batch where it is read
+            batch = moved(batch, there)
+        says = self.lm(batch, hidden_states)
         return Outputs(*(moved(x, here) for x in says))
+
+
+def _vocabulary(model: nn.Module) -> float:
+    """How many tokens a model can read, as far as can be seen."""
+    owner = causal_lm(model)
+    embeddings = None if owner is None else owner.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", float("inf"))
 
 
 def moved(x: Any, device: torch.device) -> Any:

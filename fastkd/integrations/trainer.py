@@ -19,6 +19,7 @@ from fastkd.loss import KDLoss
 from fastkd.recipes.lm import LM, TEACHERS_PREFIX, looks_ahead, shifts_labels
 from fastkd.recipes.objectives import IGNORED, Distil, Plus
 from fastkd.recipes.recipe import Batch, Learnt, Objective, Outputs, Teacher
+from fastkd.recipes.rollouts import OnPolicy
 from fastkd.recipes.teachers import Mixture, Prompted
 
 SETTINGS = frozenset(inspect.signature(KDLoss).parameters)
@@ -86,6 +87,12 @@ class DistillationMixin:
             raise ValueError("compute_loss_func would replace the loss: give an objective instead")
         super().__init__(*args, **kwargs)
         self._check()
+        if self.model_init is not None and isinstance(rewrite, OnPolicy):
+            raise ValueError(
+                "OnPolicy writes with the model that it was given, and model_init makes the student"
+                " anew: override prepare_batches instead"
+            )
+        self.label_names = self.label_names or ["labels"]  # of models that name none
         self.model_accepts_loss_kwargs = True  # of trainers without `loss_is_scaled_for_ga`
         self.logits, self.rewrite = logits, rewrite
         shift = settings.pop("shift", shifts_labels(self.model))
@@ -107,6 +114,9 @@ class DistillationMixin:
 
     def _check(self) -> None:
         args = self.args
+        kind = getattr(args, "loss_type", "nll")  # TRL's
+        if kind != "nll":
+            raise ValueError(f"loss_type={kind!r} is not part of the loss: leave it at 'nll'")
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} is not part of the loss: the"
@@ -147,7 +157,10 @@ class DistillationMixin:
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
         """An evaluation before the training has marked the model as prepared: it would not be
         wrapped any more, and each process would train a model of its own."""
+        self._measures = {}  # of a run before this one, or of one that was broken off
         model = self.model
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("no parameter of the student requires a gradient: was it a teacher?")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.model_wrapped is model and not sharded:
             for name in ("_is_accelerate_prepared", "_original_forward"):
@@ -167,9 +180,12 @@ class DistillationMixin:
         if self._learns:
             self.objective.zero_grad()
         batches = list(islice(epoch_iterator, num_batches))
-        if batches and "labels" in batches[-1]:
+        if batches and batches[-1].get("labels") is not None:
             batches[-1], _ = self._without_repeats(batches[-1])
-        batches = self.prepare_batches(batches)
+        count = len(batches)
+        batches = list(self.prepare_batches(batches))
+        if len(batches) != count:  # by which the trainer knows when the step is over
+            raise ValueError(f"of a step's {count} micro-batches, rewriting left {len(batches)}")
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -178,9 +194,10 @@ class DistillationMixin:
         if not batch_samples:
             return None
         for batch in batch_samples:
-            if "labels" not in batch:
+            if batch.get("labels") is None:
+                others = ", ".join(name for name in batch if name != "labels")
                 raise ValueError(
-                    f"a batch has no labels, only {', '.join(batch)}: use a data collator that"
+                    f"a batch has no labels, only {others}: use a data collator that"
                     " makes them, as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
                 )
         counts = sum(self.objective.counts(batch) for batch in batch_samples).to(device)
@@ -249,6 +266,11 @@ class DistillationMixin:
         if self._learns:
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
             own = [p for p in self.objective.parameters() if p.requires_grad and id(p) not in known]
+            if own and self.lr_scheduler is not None:
+                raise ValueError(
+                    f"{type(self.objective).__name__} has parameters of its own, which the given"
+                    " optimizer and scheduler do not know: make them with these too"
+                )
             if own:
                 optimizer.add_param_group({"params": own, "weight_decay": self.args.weight_decay})
         return optimizer
@@ -314,7 +336,7 @@ class DistillationMixin:
             labels = labels[0] if len(labels) == 1 else labels
         loss, logits = None, None
         with torch.no_grad():
-            if "labels" in inputs:
+            if inputs.get("labels") is not None:
                 whole = not (prediction_loss_only or generates)
                 loss, logits = self._judge(model, inputs, whole)
             elif not (prediction_loss_only or generates):
@@ -380,7 +402,8 @@ class DistillationMixin:
         prefix = inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments
         prefix = prefix.get("metric_key_prefix", "eval")
         found = {f"{prefix}_{name}": x for name, x in self._averages().items()}
-        output.metrics.update(found)
+        own = {k: x for k, x in output.metrics.items() if k != f"{prefix}_loss"}
+        output.metrics.update(found | own)  # `compute_metrics` may have names of ours
         return output
 
     def _averages(self) -> dict[str, float]:

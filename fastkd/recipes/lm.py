@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -102,7 +103,7 @@ class LM:
         if hidden_states:
             inputs["output_hidden_states"] = True
         logits, output = run(self.model, head, inputs)
-        states = getattr(output, "hidden_states", None)
+        states = _field(output, "hidden_states")
         return Outputs(logits, states, _auxiliary(owner, output))
 
     def _owner(self) -> nn.Module:
@@ -146,27 +147,28 @@ def looks_ahead(model: nn.Module) -> bool:
     shifted, every label would be in view (BERT opened as a causal model, `is_decoder` unset).
 
     Found by trial: two forward passes of 4 tokens, in evaluation mode; modes and random states are
-    left as they were.
+    left as they were. A model without a configuration, whose inputs nobody knows, is not tried.
+
+    Raises:
+        ValueError: a model without logits, or with those of whole texts (a classifier).
     """
     owner = causal_lm(model) or model
+    if not hasattr(getattr(owner, "config", None), "get_text_config"):
+        return False
     device = next(owner.parameters()).device
     vocabulary = owner.config.get_text_config().vocab_size
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 5]], device=device) % vocabulary
-    cache = {"use_cache": False} if _takes_use_cache(model) else {}
     # Of an encoder-decoder it is the decoder that must not look ahead.
     decoder = getattr(owner.config, "is_encoder_decoder", False)
-    given = {"input_ids": ids[:1], **cache}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
-            first, second = (
-                _logits(model(**given | {"decoder_input_ids" if decoder else "input_ids": x[None]}))
-                for x in ids
-            )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    name, given = "decoder_input_ids" if decoder else "input_ids", {"input_ids": ids[:1]}
+    gpus = [device.index] if device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(gpus):
+        first, second = (_logits(_call(model, given | {name: x[None]})) for x in ids)
+    if first.dim() != 3:
+        raise ValueError(
+            f"{type(owner).__name__} is no language model: its logits of 4 tokens have the shape"
+            f" {tuple(first.shape)}"
+        )
     first, second = first[:, :2], second[:, :2]
     # Experts see other tokens beside these, and may round otherwise.
     rounding = 8 * torch.finfo(first.dtype).eps * first.abs().max()
@@ -243,8 +245,7 @@ def _probe(
             return seen[-1]
 
         with _forward_of(linear, forward):
-            cache = {"use_cache": False} if _takes_use_cache(model) else {}
-            own = _logits(model(input_ids=ids, **cache))
+            own = _logits(_call(model, {"input_ids": ids}))
         return seen, own
 
     gpus = [ids.device.index] if ids.device.type == "cuda" else []
@@ -320,10 +321,8 @@ def run(
         batch: the model's keyword arguments.
     """
     inputs = {name: x for name, x in batch.items() if name not in LABELS}
-    if _takes_use_cache(model):
-        inputs["use_cache"] = False
     if head is None or not _returns_logits.get(model, True):
-        output = model(**inputs)
+        output = _call(model, inputs)
         return _logits(output), output
     linear, seen, types = head.linear, [], []
     own_forward = head.model.forward
@@ -347,12 +346,12 @@ def run(
         return output
 
     with _forward_of(linear, head_forward), _forward_of(head.model, forward):
-        output = model(**inputs)
+        output = _call(model, inputs)
     hidden = _logits(output)
     if model is not head.model and model not in _returns_logits:
         _returns_logits[model] = _equal(hidden, *seen)
         if not _returns_logits[model]:
-            output = model(**inputs)
+            output = _call(model, inputs)
             return _logits(output), output
     (dtype,) = types
     # Where autocast ended with the forward pass, the product is still in its type.
@@ -360,10 +359,21 @@ def run(
     return head.source(hidden.to(seen[0].dtype), None if under_autocast else dtype), output
 
 
-def _takes_use_cache(model: nn.Module) -> bool:
-    """Whether the language model inside knows the word: some without a cache refuse it."""
-    known = _parameters(causal_lm(model) or model)
-    return "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The forward pass without a cache; some models that have none refuse the word, and a wrapper
+    may not pass it on."""
+    owner = causal_lm(model) or model
+    if not _takes(owner, "use_cache"):
+        return model(**inputs)
+    if _takes(model, "use_cache"):
+        return model(**inputs, use_cache=False)
+    with _forward_of(owner, partial(owner.forward, use_cache=False)):
+        return model(**inputs)
+
+
+def _takes(model: nn.Module, word: str) -> bool:
+    known = _parameters(model)
+    return word in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -386,7 +396,18 @@ def _logits(output: Any) -> Tensor:
     """Of a model's output, without labels."""
     if isinstance(output, Tensor):
         return output
-    return output[0] if isinstance(output, tuple) else output.logits
+    logits = output[0] if isinstance(output, tuple) else _field(output, "logits")
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"a model returned no logits, but {type(output).__name__}: it needs a language model's"
+            " head, as AutoModelForCausalLM opens it"
+        )
+    return logits
+
+
+def _field(output: Any, name: str) -> Any:
+    """Of an output as an object, or as a plain dictionary; None where there is none."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 @torch.no_grad()
@@ -464,7 +485,7 @@ def _auxiliary(owner: nn.Module, output: Any) -> Tensor | None:
     total = None
     for names, factors in AUXILIARY:
         for name in names:
-            loss, factor = getattr(output, name, None), first(factors)
+            loss, factor = _field(output, name), first(factors)
             if isinstance(loss, Tensor):
                 if factor is None:
                     raise ValueError(

@@ -37,13 +37,15 @@ class Distil:
     micro-batch is in the step.
 
     Args:
-        shift: True: position i predicts label i + 1, as in causal language models; False: label i,
-            as in encoder-decoders and masked language models (`fastkd.recipes.shifts_labels`).
+        shift: True: position i predicts label i + 1, as in causal language models, unless its
+            `attention_mask` is 0; False: label i, as in encoder-decoders and masked language models
+            (`fastkd.recipes.shifts_labels`).
         divergence: `kd_loss`'s, or a function from the progress to one.
         temperature: the same; numbers may be 0-d tensors.
         alpha: the same.
         **settings: the other keywords of `KDLoss`. `inplace` is on unless it is set: whole logits
-            of the student are overwritten by their gradient.
+            of the student are overwritten by their gradient, but for those that the model's own
+            backward pass reads again (it ends in a tanh, a softmax).
 
     Raises:
         TypeError, ValueError: settings that `kd_loss` would refuse, of a schedule at the start and
@@ -102,10 +104,14 @@ class Distil:
         counted = teacher is not None and teacher.counted
         if counted:
             check_counted(t, counts)
+        _check_positions(s, None if counted else t, labels)
         if counted or all(x is None or isinstance(x, Source) for x in (s, t)):
-            s, labels = rows_of(s, counts), labels[counts]
-            t = t if counted or t is None else rows_of(t, counts)
+            kept = counts.nonzero(as_tuple=True)  # once: a GPU waits for it
+            s, labels = rows_of(s, kept), labels[kept]
+            t = t if counted or t is None else rows_of(t, kept)
         others = {"ignore_index": IGNORED} | ({"alpha": 0.0} if t is None else {})
+        if isinstance(s, Tensor) and _is_read_again(s):
+            others["inplace"] = False
         parts = self.at(progress, **others)(s, t, labels, num_items=num_items[0])
         found = {name: getattr(parts, field) for name, field in MEASURES.items()}
         measures = {name: x.detach() for name, x in found.items() if x is not None}
@@ -190,33 +196,60 @@ def keep_logits(objective: Objective) -> None:
 
 def targets(batch: Batch, shift: bool, ignore_index: int = IGNORED) -> Tensor:
     """The labels of a batch, (N, length), each at the position whose logits predict it; -100 where
-    nothing is to be learnt."""
+    nothing is to be learnt. Of padding nothing is asked: on the left it would predict each text's
+    first token."""
     labels = batch["labels"]
     if ignore_index != IGNORED:
         labels = labels.masked_fill(labels == ignore_index, IGNORED)
     if not shift:
         return labels
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    return labels
 
 
-def rows_of(source: Tensor | Source, counts: Tensor) -> Tensor | Source:
-    """The positions of a source where `counts`, of its leading shape, is True: (n,) of them."""
+def rows_of(source: Tensor | Source, kept: Tensor | tuple[Tensor, ...]) -> Tensor | Source:
+    """Positions of a source, (n,) of them. `kept` is a mask of its leading shape, or what that
+    mask's `nonzero(as_tuple=True)` gives."""
     if isinstance(source, Tensor):
-        return source[counts]
+        return source[kept]
     if isinstance(source, Ensemble):
-        weights = [w[counts] if isinstance(w, Tensor) else w for w in source.weights]
-        members = [rows_of(member, counts) for member in source.members]
+        weights = [w[kept] if isinstance(w, Tensor) else w for w in source.weights]
+        members = [rows_of(member, kept) for member in source.members]
         return Ensemble(members, weights, mode=source.mode)
     leading = source.leading
     chosen = {}
     for field in fields(source):
         x = getattr(source, field.name)
         if isinstance(x, tuple) and x and all(isinstance(member, Source) for member in x):
-            chosen[field.name] = tuple(rows_of(member, counts) for member in x)
+            chosen[field.name] = tuple(rows_of(member, kept) for member in x)
         elif isinstance(x, Tensor) and field.name not in source.parameters:
             if x.shape[: len(leading)] == leading:
-                chosen[field.name] = x[counts]
+                chosen[field.name] = x[kept]
     return replace(source, **chosen)
+
+
+def _check_positions(
+    student: Tensor | Source, teacher: Tensor | Source | None, labels: Tensor
+) -> None:
+    """Raise where logits are of other positions than the labels: of a classifier, of the virtual
+    tokens that prompt tuning adds."""
+    for side, x in (("student", student), ("teacher", teacher)):
+        if x is not None:
+            leading = tuple(as_source(side, x).leading)
+            if leading != tuple(labels.shape):
+                raise ValueError(
+                    f"the {side}'s logits are of {leading} positions, the labels of"
+                    f" {tuple(labels.shape)}: a classifier? virtual tokens of prompt tuning?"
+                )
+
+
+def _is_read_again(logits: Tensor) -> bool:
+    """Whether the operation that made them keeps its result for the backward pass."""
+    makers = logits.grad_fn, None if logits._base is None else logits._base.grad_fn
+    return any(hasattr(maker, "_saved_result") for maker in makers)
 
 
 def check_counted(logits: Tensor | Source, counts: Tensor) -> None:

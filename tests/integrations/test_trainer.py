@@ -7,11 +7,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import datasets
 import pytest
 import torch
 from tiny_lms import V
+from torch import nn
 from trainer_truth import (
     LOSS,
     Projected,
@@ -32,6 +35,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    LlamaForSequenceClassification,
     MixtralConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -95,7 +99,10 @@ def test_the_log_is_of_its_window(tmp_path):
     trainer.train()
     line = trainer.state.log_history[0]
     parts = [truth(tiny(0), tiny(1), rows()[i : i + 4]) for i in (0, 4)]
-    close(line, {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]})
+    averages = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    close(line, averages)
+    trainer.train()  # what the first run has not logged is not of the second
+    close(trainer.state.log_history[0], averages)
 
 
 def test_settings_follow_the_progress(tmp_path):
@@ -126,11 +133,12 @@ class TestEvaluation:
 
         def compute_metrics(prediction):
             seen["shapes"] = [x.shape for x in (prediction.predictions, prediction.label_ids)]
-            return {"mine": 1.0}
+            return {"mine": 1.0, "perplexity": 2.0}
 
         settings = dict(eval_dataset=data, compute_metrics=compute_metrics)
         found = trainer_of(tmp_path, **settings).evaluate()
-        assert found["eval_mine"] == 1.0 and seen["shapes"] == [(5, 12, V), (5, 12)]
+        assert found["eval_mine"] == 1.0 and found["eval_perplexity"] == 2.0
+        assert seen["shapes"] == [(5, 12, V), (5, 12)]
         close(found, truth(tiny(0), tiny(1), data), ("loss", "kl"), "eval_")
         settings["preprocess_logits_for_metrics"] = lambda logits, labels: logits.argmax(-1)
         trainer_of(tmp_path, **settings).evaluate()
@@ -169,7 +177,8 @@ class TestTeachers:
         expected = truth(tiny(0), tiny(1), rows())["kd"]
         tiny(1).save_pretrained(tmp_path / "teacher")
         name = str(tmp_path / "teacher")
-        for teacher in (name, Path(name), LM(tiny(1))):
+        offloaded = accelerate.cpu_offload(tiny(1), torch.device("cpu"))
+        for teacher in (name, Path(name), LM(tiny(1)), offloaded):
             assert self.kd(tmp_path, teacher) == pytest.approx(expected, rel=1e-5)
         asked = []
 
@@ -252,6 +261,12 @@ class TestTeachers:
         (dict(temperature=0.0), "temperature"),
         (dict(train_dataset=[{"input_ids": [1, 2]}] * 16), "no labels, only input_ids"),
         (dict(unheard_of=1), "unheard_of"),
+        (dict(rewrite=lambda batches: []), "of a step's 1 micro-batches, rewriting left 0"),
+        (dict(teacher_model="/no/such"), "there is no folder /no/such"),
+        (dict(teacher_model=tiny(1).model), "a model returned no logits"),
+        (dict(teacher_model=tiny(1, vocab_size=60)), "token 66, and the teacher knows only 60"),
+        (dict(model=tiny(0).requires_grad_(False)), "no parameter of the student requires"),
+        (dict(model=None, model_init=lambda: tiny(0), rewrite=OnPolicy(tiny(0), 1.0)), "anew"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
@@ -274,6 +289,16 @@ def test_refused_models(tmp_path):
         DistillationTrainer(tiny(0), arguments, teacher_model=tiny(1))
 
 
+def test_classifiers_are_refused(tmp_path):
+    config = tiny(0).config
+    config.pad_token_id = 0
+    model = LlamaForSequenceClassification(config)
+    with pytest.raises(ValueError, match="is no language model: .* have the shape \\(1, 2\\)"):
+        trainer_of(tmp_path, model=model)
+    with pytest.raises(ValueError, match="teacher's logits are of \\(16,\\) positions"):
+        trainer_of(tmp_path, teacher_model=model).train()
+
+
 def test_a_causal_head_that_looks_ahead_is_refused(tmp_path):
     config = BertConfig(
         vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -288,21 +313,21 @@ def test_a_causal_head_that_looks_ahead_is_refused(tmp_path):
 class TestBatches:
     """What collators give goes in unchanged."""
 
-    def test_language_modelling(self, tmp_path):
-        """Padding is not learnt."""
-        words, data = (
-            tokenizer(),
-            [{"input_ids": r["input_ids"][: 5 + i % 8] % 60} for i, r in enumerate(rows())],
-        )
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_language_modelling(self, tmp_path, side):
+        """Padding is not learnt, and not asked for a text's first token."""
+        words = tokenizer()
+        words.padding_side = side
+        data = [{"input_ids": r["input_ids"][: 5 + i % 8] % 60} for i, r in enumerate(rows())]
         collator = DataCollatorForLanguageModeling(words, mlm=False)
         line = first_line(trainer_of(tmp_path, data_collator=collator, train_dataset=data))
-        batch = collator([{k: x.tolist() for k, x in r.items()} for r in data])
-        s, t = (
-            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            for m in (tiny(0), tiny(1))
-        )
-        expected = kd_loss(s, t.detach(), batch["labels"], shift=True, **LOSS)
-        assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        total, count = 0, 0
+        for ids in (row["input_ids"][None] for row in data):
+            s, t = (m(input_ids=ids).logits.detach() for m in (tiny(0), tiny(1)))
+            n = ids.numel() - 1
+            total += kd_loss(s, t, ids, shift=True, **LOSS).item() * n
+            count += n
+        assert line["loss"] == pytest.approx(total / count, rel=1e-5)
 
     def test_documents_behind_one_another(self, tmp_path):
         data = [{k: x.tolist() for k, x in r.items()} for r in rows()]
@@ -379,6 +404,42 @@ class TestBatches:
         line = first_line(trainer_of(tmp_path, arguments=cut, rewrite=rewrite))
         kept = [row for i, row in enumerate(rows()) if i % 4 < 3]
         close(line, truth(tiny(0), tiny(1), kept))
+
+
+class Own(nn.Module):
+    """Without a configuration, labels, a cache; of which the backward pass reads the logits."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = tiny(0) if inner is None else inner
+
+    def forward(self, input_ids):
+        return {"logits": self.inner(input_ids=input_ids).logits.tanh()}
+
+
+class Twin(Own):
+    def forward(self, input_ids):
+        return SimpleNamespace(**super().forward(input_ids))
+
+
+def bag():
+    """No language model of transformers' inside."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V))
+    model.forward = lambda input_ids: SimpleNamespace(
+        logits=nn.Sequential.forward(model, input_ids)
+    )
+    return model
+
+
+@pytest.mark.parametrize("inner", [lambda: tiny(0), bag], ids=["wrapper", "other"])
+def test_a_module_of_ones_own(tmp_path, inner):
+    data = datasets.Dataset.from_list([{k: x.tolist() for k, x in r.items()} for r in rows()])
+    line = first_line(trainer_of(tmp_path, model=Own(inner()), train_dataset=data))
+    student = Twin(inner())
+    expected = truth(student, tiny(1), rows())
+    expected["grad_norm"] = norm(student).item()
+    close(line, expected, ("loss", "kd", "ce", "grad_norm"))
 
 
 class TestObjectives:

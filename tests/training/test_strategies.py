@@ -256,3 +256,14 @@ def test_generate_refuses_in_one_line(settings, tmp_path, capsys, change, words)
     error = capsys.readouterr().err
     (line,) = [x for x in error.splitlines() if x.startswith("fastkd: error: ")]
     assert words in line
+
+
+def test_a_student_in_4_bits_under_adapters(settings, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = write_model(tmp_path / "wide", 2, hidden_size=64, intermediate_size=64)
+    settings |= dict(student=wide, lora_r=2, load_in_4bit=True)
+    assert run(**settings) == 0
+    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(x.abs().max() > 0 for name, x in trained.items() if "lora_B" in name)
+    further = settings | dict(student=tmp_path / "out", lora_r=0, load_in_4bit=False)
+    assert run(**further | dict(output=tmp_path / "further")) == 0  # on the 32-bit base

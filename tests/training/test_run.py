@@ -383,10 +383,10 @@ def test_early_stopping(settings, tmp_path):
     assert len(losses) < 50 and min(losses[-2:]) >= min(losses)
 
 
-def launched(settings, tmp_path, launcher, **env):
+def launched(settings, tmp_path, launcher):
     done = subprocess.run(
-        [*map(str, launcher), "-m", "fastkd", "distill", *flags(settings)], env=environment(**env),
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [*map(str, launcher), *flags(settings)], env=environment(), cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -400,6 +400,7 @@ def test_two_processes_make_the_steps_of_one(settings, tmp_path, fsdp):
     )  # fmt: skip
     assert run(**settings | dict(batch_size=4)) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher += ["-m", "fastkd", "distill"]
     if fsdp:
         accelerate = dict(
             compute_environment="LOCAL_MACHINE", distributed_type="FSDP", num_processes=2,
@@ -413,8 +414,10 @@ def test_two_processes_make_the_steps_of_one(settings, tmp_path, fsdp):
         config = tmp_path / "accelerate.yaml"
         config.write_text(yaml.safe_dump(accelerate))
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+        launcher += [Path(__file__).parent / "sharded.py"]
     printed = launched(settings | dict(output=tmp_path / "two"), tmp_path, launcher)
     assert printed.count("The model is in") == 1
+    assert printed.count("sharded: [True, True]") == (6 if fsdp else 0)  # two checkpoints, the end
     assert difference(tmp_path / "out", tmp_path / "two") < 1e-6
     for row, other in zip(curve(tmp_path / "out"), curve(tmp_path / "two"), strict=True):
         assert row.keys() == other.keys()

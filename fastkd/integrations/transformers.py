@@ -50,8 +50,9 @@ def sources(
 
     Cost: whether the head makes the logits is found with two forward passes of 8 tokens, the first
     time that a model is seen (`fastkd.recipes.lm.find_head`), and remembered until its head
-    changes. Whole logits come of an adapter or a hook on the head, of a quantised, offloaded or
-    sharded head (FSDP), and of compiled models.
+    changes; that a wrapper returns these logits as they are, with one more. Whole logits come of an
+    adapter or a hook on the head, of a quantised, offloaded or sharded head (FSDP), and of compiled
+    models.
     """
     if logits not in ("auto", "whole"):
         raise ValueError(f"logits must be 'auto' or 'whole', got {logits!r}")

@@ -202,8 +202,9 @@ def find_head(model: nn.Module, ids: Tensor | None = None) -> Head | None:
     vocabulary.
 
     Cost: two forward passes of 8 tokens of the model without its wrappers, in evaluation mode, the
-    first time; modes and random states are left as they were. The answer is kept for as long as
-    the model has this head, with this weight: later calls look at the modules, and run nothing.
+    first time (`run` tries a wrapper with one more); modes and random states are left as they were.
+    The answer is kept for as long as the model has this head, with this weight: later calls look at
+    the modules, and run nothing.
     """
     owner = causal_lm(model)
     linear = None if owner is None else owner.get_output_embeddings()
@@ -321,6 +322,9 @@ def run(
         batch: the model's keyword arguments.
     """
     inputs = {name: x for name, x in batch.items() if name not in LABELS}
+    if head is not None and model is not head.model and model not in _returns_logits:
+        if not _hands_on(model, head):
+            _returns_logits[model] = False
     if head is None or not _returns_logits.get(model, True):
         output = _call(model, inputs)
         return _logits(output), output
@@ -357,6 +361,28 @@ def run(
     # Where autocast ended with the forward pass, the product is still in its type.
     under_autocast = torch.is_autocast_enabled(hidden.device.type)
     return head.source(hidden.to(seen[0].dtype), None if under_autocast else dtype), output
+
+
+@torch.no_grad()
+def _hands_on(wrapper: nn.Module, head: Head) -> bool:
+    """Whether a wrapper returns the causal LM's logits as they are, and not a part of them, or
+    changed in place: of a few tokens, before it is given hidden states in their place."""
+    owner, seen, device = head.model, [], head.linear.weight.device
+    own_forward = owner.forward
+
+    def forward(*args, **kwargs):
+        output = own_forward(*args, **kwargs)
+        seen.append(_logits(output).clone())
+        return output
+
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] % head.linear.out_features
+    gpus = [device.index] if device.type == "cuda" else []
+    with evaluating(wrapper), torch.random.fork_rng(gpus), _forward_of(owner, forward):
+        try:
+            logits = _logits(_call(wrapper, {"input_ids": ids}))
+        except Exception:  # it reads something else: its own logits, then
+            return False
+    return len(seen) == 1 and _equal(logits, *seen)
 
 
 def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -120,9 +120,15 @@ def test_wrappers_of_ones_own():
     """Where one changes the logits, they are whole, in the first call already."""
     teacher, inputs = tiny(1), batch()
     assert_as_whole(Wrapper(tiny(0)), Wrapper(teacher), inputs)
-    wrapped = Wrapper(tiny(0), lambda z: z / 2)
-    for _ in range(2):
-        assert_as_whole(wrapped, teacher, inputs, (torch.Tensor, LMHead))
+    fifth = torch.tensor([5])
+    for change in (lambda z: z / 2, lambda z: z.index_fill_(-1, fifth, -9.0)):
+        wrapped = Wrapper(tiny(0), change)
+        for _ in range(2):
+            assert_as_whole(wrapped, teacher, inputs, (torch.Tensor, LMHead))
+    trimmed = Wrapper(
+        tiny(0, vocab_size=V + 3), lambda z: z[..., :V]
+    )  # more than the width is left
+    assert_as_whole(trimmed, teacher, inputs, (torch.Tensor, LMHead))
     assert_as_whole(
         torch.compile(tiny(0), backend="eager"), teacher, inputs, (torch.Tensor, LMHead)
     )

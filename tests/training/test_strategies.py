@@ -122,6 +122,19 @@ def test_hidden_states_of_another_width(settings, tmp_path, kind):
     assert not (tmp_path / "out" / "objective.safetensors").exists()
 
 
+def test_texts_are_not_packed_beside_the_students_responses(settings, tmp_path, capsys):
+    """Where packed, nobody could tell what to write anew."""
+    texts = [{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(8)]
+    data = write_rows(tmp_path / "texts.jsonl", texts)
+    policy = dict(on_policy=1.0, on_policy_max_new_tokens=2, max_steps=1)
+    assert run(**settings | policy | dict(data=data)) == 0
+    assert "8 rows" in capsys.readouterr().out
+    packed = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}] * 4
+    data = write_rows(tmp_path / "packed.jsonl", packed)
+    assert run(**settings | policy | dict(data=data, output=tmp_path / "again")) == 2
+    assert "--on_policy needs one document a row" in capsys.readouterr().err
+
+
 def test_on_policy(settings, tmp_path):
     """All batches written by the student: nothing that is learnt is of the data."""
     settings |= dict(

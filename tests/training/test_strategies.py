@@ -150,15 +150,17 @@ def test_on_policy(settings, tmp_path):
     assert log(tmp_path / "off")[0]["kd"] != first(tmp_path)["kd"]
 
 
-def test_a_teacher_with_its_own_prompt(settings, tmp_path):
+def test_a_teacher_with_its_own_prompt(settings, tmp_path, capsys):
     """'{input}' alone is no change; with another prompt the teacher says something else."""
     assert run(**settings) == 0
     plain = first(tmp_path)
     same = dict(teacher_prompt_template="{input}", student_prompt_template="{input}")
     assert run("--overwrite", **settings | same) == 0
     assert first(tmp_path)["kd"] == pytest.approx(plain["kd"], rel=1e-5)
-    other = dict(teacher_prompt_template="w9 w8 w7 {input} w6", max_teacher_length=40)
+    assert "no such columns" not in capsys.readouterr().out
+    other = dict(teacher_prompt_template="w9 w8 {hnit} {input} w6", max_teacher_length=40)
     assert run("--overwrite", **settings | other) == 0
+    assert "no such columns, so they stay in the prompts: {hnit}" in capsys.readouterr().out
     assert abs(first(tmp_path)["kd"] - plain["kd"]) > 1e-3
     assert first(tmp_path)["ce"] == pytest.approx(plain["ce"], rel=1e-5)
 

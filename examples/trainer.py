@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, distilling: python examples/trainer.py TEACHER STUDENT data.jsonl OUTPUT
+"""Hugging Face's Trainer, distilling: python examples/trainer.py STUDENT TEACHER data.jsonl OUTPUT
 
 The data have a column `text`. On several GPUs: accelerate launch examples/trainer.py …
 """
@@ -16,7 +16,7 @@ from transformers import (
 from fastkd.integrations.transformers import DistillationTrainer
 
 
-def main(teacher, student, data, output, **settings):
+def main(student, teacher, data, output, **settings):
     tokenizer = AutoTokenizer.from_pretrained(student)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset("json", data_files=data, split="train").train_test_split(0.1, seed=0)

@@ -111,7 +111,8 @@ def help_of(command: str) -> str:
     else:
         title = "fastkd distill [--config FILE] [--setting value ...]"
         groups = [(_title(group), _fields(group)) for group in settings.GROUPS]
-        training = [(name, "", text) for name, text in settings.TRAINING.items()]
+        ours = settings.DEFAULTS
+        training = [(n, str(ours.get(n, "")), text) for n, text in settings.TRAINING.items()]
         groups.append(("The training, by transformers' names", training))
         end = (
             "\nAll other settings of transformers' TrainingArguments are taken by their names:"

@@ -132,7 +132,7 @@ def check_settings(models: ModelSettings, loss: LossSettings) -> None:
         )
     if models.teacher_weight and len(models.teacher_weight) != len(models.teacher):
         raise InputError(
-            f"{len(models.teacher)} teachers have {len(models.teacher_weight)} weights"
+            f"{len(models.teacher)} teachers, but {len(models.teacher_weight)} weights"
         )
     if any(not (w > 0 and math.isfinite(w)) for w in models.teacher_weight):
         raise InputError(f"teacher_weight must be positive, got {models.teacher_weight}")

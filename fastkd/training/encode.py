@@ -77,8 +77,16 @@ class Prompts:
 
     def names(self, columns: list[str]) -> list[str]:
         """The columns that the templates speak of."""
-        named = re.findall(r"\{(\w+)\}", (self.student or "") + (self.teacher or ""))
-        return [column for column in columns if column in named and column != "input"]
+        named = self._named()
+        return [column for column in columns if column in named]
+
+    def strays(self, columns: list[str]) -> list[str]:
+        """Names in braces that are no columns: meant so, or misspelt."""
+        return [f"{{{name}}}" for name in self._named() if name not in columns]
+
+    def _named(self) -> list[str]:
+        found = re.findall(r"\{(\w+)\}", (self.student or "") + (self.teacher or ""))
+        return [name for name in dict.fromkeys(found) if name != "input"]
 
 
 def encode(
@@ -206,6 +214,8 @@ class Encoder:
             raise InputError(f"none of the {n:,} rows has a token to learn from")
         if ignored := [column for column in rows.column_names if column not in used]:
             report.append(f"columns that are ignored: {', '.join(ignored)}")
+        if strays := self.prompts.strays(rows.column_names):
+            report.append(f"no such columns, so they stay in the prompts: {', '.join(strays)}")
         return Encoded(encoded.remove_columns("why"), report)
 
     def _format(self, columns: list[str]) -> tuple[str, list[str]]:

@@ -39,7 +39,7 @@ from fastkd.training.models import (
 )
 from fastkd.training.outputs import CHECKPOINT, Folder, is_complete, read_checkpoint, read_record
 from fastkd.training.settings import LENGTH, DataSettings, ModelSettings
-from fastkd.training.trainer import FolderTrainer, Interrupt, Log, Progress, points
+from fastkd.training.trainer import FolderTrainer, Interrupt, Lines, Log, Progress, points
 
 # What a run that goes on must agree with: of `TrainingArguments` these, of our own all but those.
 DECIDES = (
@@ -133,17 +133,17 @@ def train(config: Config) -> Run:
     elif run.resume:
         say(f"nothing to go on from in {folder.path}: starting")
     _set_evaluation(config, read, checkpoint)
-    interrupt, progress = Interrupt(run.save_minutes), Progress()
+    interrupt = Interrupt(run.save_minutes)
+    progress = Lines() if args.disable_tqdm else Progress()
     callbacks = [interrupt, Log(folder, config.save)]
     if run.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(run.early_stopping_patience))
     trainer = _make_trainer(opened, folder, about, callbacks)
-    if not args.disable_tqdm:
-        trainer.add_callback(progress)
+    trainer.add_callback(progress)
     if read.held_out is not None and checkpoint is None:
         for i, perplexity in enumerate(_perplexities(trainer, opened.teachers)):
-            which = f" {i + 1}" if len(opened.teachers) > 1 else ""
-            say(f"held out: the teacher{which} has a perplexity of {perplexity:.4g}")
+            which = f"teacher {i + 1}" if len(opened.teachers) > 1 else "the teacher"
+            say(f"held out: {which} has a perplexity of {perplexity:.4g}")
 
     with interrupt, closing(progress):
         try:
@@ -184,7 +184,13 @@ def _open(config: Config, say: Callable) -> Opened:
         config = config._replace(data=_with_length(models, config.data, say))
     for text in check_models(models, config.data, config.training):
         say(text)
-    read = _read(config, tokenizer, sizes, config.data.packing)
+    # Of a packed row nobody could tell where a response that is written anew would stand.
+    packing = config.data.packing and not config.loss.on_policy
+    read = _read(config, tokenizer, sizes, packing)
+    if config.loss.on_policy and _is_packed(read):
+        raise InputError(
+            "--on_policy needs one document a row, and position_ids or seq_lengths pack several"
+        )
     student, teachers = open_student(models), open_teachers(models)
     if _is_packed(read) and not all(map(keeps_documents_apart, (student, *teachers))):
         read = _read(config, tokenizer, sizes, False)

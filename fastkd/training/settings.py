@@ -103,8 +103,8 @@ class DataSettings:
     )
     packing: bool = _flag(
         True,
-        "Pack the documents of `text` data into sequences of max_length; they do not see each"
-        " other. Off where a model cannot keep them apart.",
+        "One document a sequence. Else those of `text` data are packed into sequences of"
+        " max_length, and do not see each other, where the models can keep them apart.",
     )
     student_prompt_template: str | None = _flag(
         None, "What the student reads as the prompt: '{input}' stands for the data's."
@@ -223,6 +223,7 @@ SHORT = {
     "epochs": "num_train_epochs",
     "optimizer": "optim",
     "scheduler": "lr_scheduler_type",
+    "lr": "learning_rate",
     "warmup_ratio": "warmup_steps",
 }
 # Where our defaults are not those of `TrainingArguments`.
@@ -249,7 +250,7 @@ TRAINING = {
     "num_train_epochs": "Passes over the data, unless max_steps is given (--epochs).",
     "per_device_train_batch_size": "Sequences per device and micro-batch (--batch_size).",
     "gradient_accumulation_steps": "Micro-batches per optimizer step, weighted by their tokens.",
-    "learning_rate": "Peak learning rate.",
+    "learning_rate": "Peak learning rate (--lr).",
     "lr_scheduler_type": "linear, cosine, constant, … (--scheduler).",
     "warmup_steps": "Steps in which the learning rate rises; below 1: that part of all steps.",
     "optim": "adamw_torch, sgd, adafactor, … (--optimizer).",

@@ -218,8 +218,24 @@ def line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
+class Lines(TrainerCallback):
+    """The log as lines that fit a screen, without a bar."""
+
+    training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = state.is_world_process_zero
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training and logs and SUMMARY not in logs:
+            print(screen_line(state.global_step, logs), flush=True)
+
+    def close(self) -> None:
+        """Nothing is open; as `Progress.close`."""
+
+
 class Progress(ProgressCallback):
-    """Trainer's bar, with lines that fit a screen."""
+    """Trainer's bar, and the lines above it."""
 
     def close(self) -> None:
         """Of a training that ended before its last step: what is printed next has its own line."""
@@ -228,20 +244,24 @@ class Progress(ProgressCallback):
                 bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not logs or SUMMARY in logs:
-            return
-        row, place = {NAMES.get(k, k): x for k, x in logs.items()}, ""
-        if "loss" in row:
-            shown = {k: row[k] for k in COLUMNS if k in row}
-        else:
-            place = "held out  "
-            shown = {
-                k.removeprefix("eval_"): x
-                for k, x in row.items()
-                if k.startswith("eval_") and k.split("_")[-1] not in ("runtime", "second")
-            }
-        text = "  ".join(f"{SCREEN.get(k, k)} {x:.4g}" for k, x in shown.items())
-        self.training_bar.write(f"step {state.global_step}  {place}{text}")
+        if self.training_bar is not None and logs and SUMMARY not in logs:
+            self.training_bar.write(screen_line(state.global_step, logs))
+
+
+def screen_line(step: int, logs: dict[str, float]) -> str:
+    """A point of the curve, for a screen."""
+    row, place = {NAMES.get(k, k): x for k, x in logs.items()}, ""
+    if "loss" in row:
+        shown = {k: row[k] for k in COLUMNS if k in row}
+    else:
+        place = "held out  "
+        shown = {
+            k.removeprefix("eval_"): x
+            for k, x in row.items()
+            if k.startswith("eval_") and k.split("_")[-1] not in ("runtime", "second")
+        }
+    text = "  ".join(f"{SCREEN.get(k, k)} {x:.4g}" for k, x in shown.items())
+    return f"step {step}  {place}{text}"
 
 
 SCREEN = {"top1_agreement": "agreement", "perplexity": "ppl"}

@@ -577,6 +577,6 @@ def test_example(tmp_path):
     lines = [json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) for i in range(20)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
     main = runpy.run_path(str(ROOT / "examples/trainer.py"))["main"]
-    paths = [str(tmp_path / name) for name in ("teacher", "student", "data.jsonl", "out")]
+    paths = [str(tmp_path / name) for name in ("student", "teacher", "data.jsonl", "out")]
     found = main(*paths, max_steps=1, use_cpu=True, disable_tqdm=True)
     assert found["eval_kl"] > 0 and (tmp_path / "out/model.safetensors").is_file()

@@ -22,10 +22,12 @@ def settings(*flags):
 
 
 def test_short_names_and_transformers_names_are_one():
-    short = settings("--batch_size", "2", "--epochs=3", "--optimizer", "SGD", "--scheduler=linear")
+    short = settings(
+        "--batch_size", "2", "--epochs=3", "--optimizer", "SGD", "--scheduler=linear", "--lr=0.1"
+    )  # fmt: skip
     long = settings(
         "--per-device-train-batch-size", "2", "--num_train_epochs", "3", "--optim", "sgd",
-        "--lr_scheduler_type", "linear",
+        "--lr_scheduler_type", "linear", "--learning_rate", "0.1",
     )  # fmt: skip
     assert short == long and short["per_device_train_batch_size"] == 2
 
@@ -130,7 +132,7 @@ def test_lines_over_the_training():
         ({"divergence": "taid"}, {}, "taid needs its numbers"),
         ({"divergence": "jsd", "divergence_args": ["beta=1"]}, {}, "jsd has no beta; it takes"),
         ({"divergence": "jsd", "divergence_args": ["teacher_weight=7"]}, {}, "jsd with"),
-        ({}, {"teacher": ["a", "b"], "teacher_weight": [1.0]}, "2 teachers have 1 weights"),
+        ({}, {"teacher": ["a", "b"], "teacher_weight": [1.0]}, "2 teachers, but 1 weights"),
         ({"on_policy": 1.5}, {}, "on_policy is a part"),
     ],
 )

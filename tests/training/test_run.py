@@ -53,6 +53,16 @@ def said(capsys):
     return lines[0]
 
 
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_log_is_printed_with_a_bar_and_without(settings, capsys, bar):
+    assert run(**settings | dict(eval_fraction=0.2, max_steps=2, disable_tqdm=str(not bar))) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
+    assert [line.split("  ")[:2] for line in lines if "held out" in line] == [
+        ["step 0", "held out"], ["step 2", "held out"],
+    ]  # fmt: skip
+    assert [line.split()[1:3] for line in lines if "kd" in line] == [["1", "loss"], ["2", "loss"]]
+
+
 def test_the_output_is_a_model_a_log_and_its_settings(settings, tmp_path, capsys):
     before = weights(settings["teacher"])
     assert run(**settings | dict(eval_fraction=0.2, save_steps=2)) == 0

@@ -124,6 +124,19 @@ def test_hidden_states_of_another_width(settings, tmp_path, kind):
     assert not (tmp_path / "out" / "objective.safetensors").exists()
 
 
+def test_texts_are_not_packed_beside_the_students_responses(settings, tmp_path, capsys):
+    """Where packed, nobody could tell what to write anew."""
+    texts = [{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(8)]
+    data = write_rows(tmp_path / "texts.jsonl", texts)
+    policy = dict(on_policy=1.0, on_policy_max_new_tokens=2, max_steps=1)
+    assert run(**settings | policy | dict(data=data)) == 0
+    assert "8 rows" in capsys.readouterr().out
+    packed = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}] * 4
+    data = write_rows(tmp_path / "packed.jsonl", packed)
+    assert run(**settings | policy | dict(data=data, output=tmp_path / "again")) == 2
+    assert "--on_policy needs one document a row" in capsys.readouterr().err
+
+
 def test_on_policy(settings, tmp_path):
     """All batches written by the student: nothing that is learnt is of the data."""
     settings |= dict(
@@ -139,15 +152,17 @@ def test_on_policy(settings, tmp_path):
     assert log(tmp_path / "off")[0]["kd"] != first(tmp_path)["kd"]
 
 
-def test_a_teacher_with_its_own_prompt(settings, tmp_path):
+def test_a_teacher_with_its_own_prompt(settings, tmp_path, capsys):
     """'{input}' alone is no change; with another prompt the teacher says something else."""
     assert run(**settings) == 0
     plain = first(tmp_path)
     same = dict(teacher_prompt_template="{input}", student_prompt_template="{input}")
     assert run("--overwrite", **settings | same) == 0
     assert first(tmp_path)["kd"] == pytest.approx(plain["kd"], rel=1e-5)
-    other = dict(teacher_prompt_template="w9 w8 w7 {input} w6", max_teacher_length=40)
+    assert "no such columns" not in capsys.readouterr().out
+    other = dict(teacher_prompt_template="w9 w8 {hnit} {input} w6", max_teacher_length=40)
     assert run("--overwrite", **settings | other) == 0
+    assert "no such columns, so they stay in the prompts: {hnit}" in capsys.readouterr().out
     assert abs(first(tmp_path)["kd"] - plain["kd"]) > 1e-3
     assert first(tmp_path)["ce"] == pytest.approx(plain["ce"], rel=1e-5)
 

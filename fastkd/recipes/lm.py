@@ -389,6 +389,7 @@ def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """The forward pass without a cache; some models that have none refuse the word, and a wrapper
     may not pass it on."""
     owner = causal_lm(model) or model
+    inputs = {name: x for name, x in inputs.items() if name != "use_cache"}  # packed rows say it
     if not _takes(owner, "use_cache"):
         return model(**inputs)
     if _takes(model, "use_cache"):

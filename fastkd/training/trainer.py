@@ -60,6 +60,13 @@ class FolderTrainer(DistillationTrainer):
     def _get_output_dir(self, trial):
         return self._writes_to or super()._get_output_dir(trial)
 
+    def _issue_warnings_after_load(self, load_result):
+        """Of tied weights one is in the file, which transformers warns of."""
+        every = dict(self.model.named_parameters(remove_duplicate=False))
+        kept = {id(p) for name, p in every.items() if name not in load_result.missing_keys}
+        missing = [x for x in load_result.missing_keys if id(every.get(x)) not in kept]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):

@@ -54,6 +54,18 @@ def test_labels_alone_need_no_teacher(settings, tmp_path):
     assert first(tmp_path)["loss"] == pytest.approx(first(tmp_path)["ce"])
 
 
+def test_packed_documents_are_learnt_as_if_alone(settings, tmp_path):
+    """All of them in one step, packed into few rows or a row each."""
+    texts = [{"text": row["completion"]} for row in rows(12)]
+    settings |= dict(data=write_rows(tmp_path / "texts.jsonl", texts), batch_size=12, max_steps=1)
+    found = []
+    for more in ([], ["--no_packing", "--overwrite"]):
+        assert run(*more, **settings) == 0
+        found.append(first(tmp_path))
+    for name in ("loss", "kd", "ce", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
+
+
 def test_two_stages_in_one_command(settings, tmp_path):
     assert run(**settings | dict(finetune_epochs=0.5, save_steps=100)) == 0
     stages = [tmp_path / "out-distilled", tmp_path / "out"]

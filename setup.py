@@ -55,6 +55,7 @@ setup(
             "transformers>=5.17",
         ],
         "lora": ["peft>=0.18"],  # the first for transformers 5
+        "qlora": ["bitsandbytes>=0.50", "peft>=0.18"],  # the version that was run
         "trl": ["trl>=1.16"],  # the first of which the replaced functions are known
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "dev": [

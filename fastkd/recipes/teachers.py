@@ -52,6 +52,15 @@ class Mixture:
         return Outputs(Ensemble(logits, self.weights, mode=self.mode))
 
 
+def teachers_part(batch: Batch) -> Batch:
+    """What a teacher with a prompt of its own reads of a batch; empty where it has none."""
+    return {
+        name.removeprefix(TEACHERS_PREFIX): x
+        for name, x in batch.items()
+        if name.startswith(TEACHERS_PREFIX)
+    }
+
+
 class Prompted:
     """A teacher that sees another prompt before the same response.
 
@@ -77,11 +86,7 @@ class Prompted:
                 "a teacher with its own prompt has other positions than the student: its hidden"
                 " states cannot be compared"
             )
-        own = {
-            name.removeprefix(TEACHERS_PREFIX): x
-            for name, x in batch.items()
-            if name.startswith(TEACHERS_PREFIX)
-        }
+        own = teachers_part(batch)
         for name in ("input_ids", "labels"):
             if name not in own:
                 raise ValueError(

@@ -22,8 +22,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from fastkd.integrations.transformers import DistillationTrainer
-from fastkd.recipes import LM, Batch, OnPolicy, evaluate
-from fastkd.recipes.lm import TEACHERS_PREFIX
+from fastkd.recipes import LM, OnPolicy, evaluate
+from fastkd.recipes.teachers import teachers_part
 from fastkd.training.build import check_settings, make_objective
 from fastkd.training.config import Config
 from fastkd.training.curves import draw
@@ -462,21 +462,10 @@ def _seconds(result: Any) -> float:
 def _perplexities(trainer: DistillationTrainer, teachers: list[Any]) -> Iterator[float]:
     """Of each teacher, on this process's part of the held-out data."""
     for teacher in teachers:
-        batches = map(
-            _as_the_teacher_reads, map(trainer._prepare_inputs, trainer.get_eval_dataloader())
-        )
+        batches = map(trainer._prepare_inputs, trainer.get_eval_dataloader())
+        batches = (teachers_part(batch) or batch for batch in batches)
         with trainer.accelerator.autocast():
             yield evaluate(LM(teacher), batches).get("perplexity", math.nan)
-
-
-def _as_the_teacher_reads(batch: Batch) -> Batch:
-    """With a prompt of its own, if it has one."""
-    own = {
-        name.removeprefix(TEACHERS_PREFIX): x
-        for name, x in batch.items()
-        if name.startswith(TEACHERS_PREFIX)
-    }
-    return own or batch
 
 
 def _finish(trainer: FolderTrainer, folder: Folder, result: Any, say: Any) -> Run:
